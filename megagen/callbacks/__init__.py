@@ -1,0 +1,1 @@
+"""Hooks that observe a run: validation videos, EMA, gradient clipping settings."""

@@ -1,0 +1,1 @@
+"""The run config: strict, typed, with dotted overrides and cross-field checks."""

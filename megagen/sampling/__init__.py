@@ -1,0 +1,1 @@
+"""Flow samplers and the text-to-video pipeline over a role."""

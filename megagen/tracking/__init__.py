@@ -1,0 +1,1 @@
+"""Where metrics go: always ``metrics.jsonl``; TensorBoard and wandb when asked for."""
