@@ -1,0 +1,1 @@
+"""The ``megagen`` command. Each command is one module, imported when it is asked for."""
