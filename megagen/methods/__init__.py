@@ -1,0 +1,6 @@
+"""Training methods: pure algorithms over roles, one file each. They know no parallel layout."""
+
+METHODS: dict[str, str] = {
+    "finetune": "megagen.methods.finetune:FineTuneMethod",
+}
+"""Short names that ``method._target_`` takes besides dotted paths."""
