@@ -20,8 +20,8 @@ class DataOptions(StrictOptions):
     """Options of ``megagen.data.loader.Loader``.
 
     Attributes:
-        data_path: dataset directory; several as a list, as ``"a:2,b"`` or as ``{a: 2, b: 1}``, where
-            the number says how often a sample comes up in an epoch. None: the run has no dataset.
+        data_path: dataset directory; several as a list, as ``"a:2,b"`` or as ``{a: 2, b: 1}``, the
+            number saying how often a sample comes up in an epoch. None: the run has no dataset.
         preprocessed_data_type: t2v reads latents and text; i2v needs the first frame's columns too;
             None reads what the dataset has.
         micro_batch_size: samples of one forward pass on one data-parallel rank.
@@ -33,8 +33,8 @@ class DataOptions(StrictOptions):
             every epoch.
         caption_dropout_to: what takes its place: the embedding of the empty or of the negative
             prompt as stored with the dataset, or zeros (FastVideo's rule).
-        unconditional_path: safetensors file with ``empty`` and ``negative`` embeddings [L, D]; None:
-            the one in the dataset directory.
+        unconditional_path: safetensors file with ``empty`` and ``negative`` embeddings [L, D];
+            None: the one in the dataset directory.
         text_len: tokens that embeddings are padded or cut to; None: the dataset's (512 where it
             does not say).
         num_latent_t: use the first so many latent frames; None: all.

@@ -1,6 +1,6 @@
-"""Reading and writing video files through PyAV (FFmpeg inside), frames as uint8 ``[T, H, W, 3]`` RGB.
+"""Reading and writing video files through PyAV (FFmpeg inside); frames are uint8 RGB THWC.
 
-Legend: T frames, H W pixel height and width.
+Legend: T frames, H W pixel height and width, C = 3.
 """
 
 from __future__ import annotations
