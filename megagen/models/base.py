@@ -98,6 +98,8 @@ class ModelPlugin(ABC):
     num_layers: int
     num_heads: int
     hidden_size: int
+    ffn_size: int
+    flow_shift: float
     in_channels: int  # of the latents, not of the network's input
     out_channels: int
 

@@ -1,0 +1,218 @@
+"""From a checked config to a ``Run``: plugins, checks, roles with their weights, data, method, callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from megagen.callbacks import CALLBACKS
+from megagen.callbacks.base import Callback
+from megagen.callbacks.builtin import EMAOptions, GradClipOptions
+from megagen.checkpoint.weights import open_weights
+from megagen.config.schema import RunConfig
+from megagen.core.errors import ConfigError, suggest
+from megagen.core.options import StrictOptions, parse_options
+from megagen.core.registry import resolve
+from megagen.core.streams import Streams
+from megagen.data.loader import Loader
+from megagen.engine.role import Role
+from megagen.engine.settings import EMASettings, OptimizerSettings, RoleSettings
+from megagen.methods import METHODS
+from megagen.methods.base import TrainingMethod
+from megagen.models import MODELS
+from megagen.models.base import ModelPlugin
+from megagen.parallel.mesh import Mesh
+from megagen.trainer import Run
+
+BUILT_IN = {"ema": EMAOptions, "grad_clip": GradClipOptions}
+"""Callback names that set the engine rather than hook into the loop (FastVideo's names)."""
+
+
+def build_plugins(config: RunConfig) -> dict[str, ModelPlugin]:
+    """The model plugin of every role; no weights are read.
+
+    Raises:
+        ConfigError: unknown class or option.
+    """
+    plugins = {}
+    for name, role in config.models.items():
+        where = f"models.{name}"
+        cls = resolve(role.target, MODELS, where=f"{where}._target_")
+        shift = role.flow_shift if role.flow_shift is not None else config.pipeline.flow_shift
+        options = parse_options(cls.Options, {**role.model_options(), "flow_shift": shift}, where)
+        plugins[name] = cast(ModelPlugin, cls(options, where=where))
+    return plugins
+
+
+def method_class(config: RunConfig) -> type[TrainingMethod]:
+    """The method's class, with its roles compared with ``models``."""
+    if config.method.target is None:
+        raise ConfigError(
+            "required, not given.", remedy=f"One of {', '.join(METHODS)}, or a class.", where="method._target_"
+        )
+    cls = cast(type[TrainingMethod], resolve(config.method.target, METHODS, where="method._target_"))
+    cls.check_roles(tuple(config.models))
+    return cls
+
+
+def check(config: RunConfig, plugins: Mapping[str, ModelPlugin], world_size: int) -> None:
+    """Everything about a config that can be wrong before a process group exists.
+
+    Raises:
+        ConfigError: names the key, the value and what would be right.
+    """
+    cls = method_class(config)
+    parse_options(cls.Options, config.method.own_options(), "method")
+    for name in config.callbacks:
+        _callback_options(config, name)
+    _check_ranks(config, world_size)
+    for name, plugin in plugins.items():
+        distributed = config.role_distributed(name)
+        where = f"models.{name}.distributed" if config.models[name].distributed else "training.distributed"
+        distributed.dims().dp_size(world_size)
+        plugin.check(distributed.dims(), where)
+    _check_batches(config, world_size)
+
+
+def _check_ranks(config: RunConfig, world_size: int) -> None:
+    wanted = config.training.distributed.num_gpus
+    if wanted is not None and wanted != world_size:
+        raise ConfigError(
+            f"says {wanted}, the run was started with {world_size} ranks.",
+            remedy="Start that many (--nproc), or drop the key.",
+            where="training.distributed.num_gpus",
+        )
+
+
+def _check_batches(config: RunConfig, world_size: int) -> None:
+    data = config.training.data
+    dp = config.training.distributed.dims().dp_size(world_size)
+    unit = data.micro_batch_size * dp
+    whole = data.global_batch_size or unit
+    if whole % unit:
+        raise ConfigError(
+            f"is {whole}, no multiple of micro_batch_size {data.micro_batch_size} x {dp} data-parallel ranks.",
+            remedy=f"Take a multiple of {unit}.",
+            where="training.data.global_batch_size",
+        )
+    asked = config.training.loop.gradient_accumulation_steps
+    if asked is not None and asked != whole // unit:
+        raise ConfigError(
+            f"is {asked}, but global_batch_size {whole} over {unit} samples a pass makes {whole // unit}.",
+            remedy="Drop it, or change global_batch_size.",
+            where="training.loop.gradient_accumulation_steps",
+        )
+    virtual = config.training.distributed.virtual_pp_size or 1
+    stages = config.training.distributed.pp_size
+    if virtual > 1 and (whole // unit) % stages:
+        raise ConfigError(
+            f"{whole // unit} micro-batches per step do not divide by pp_size {stages}, which the "
+            "interleaved schedule needs.",
+            remedy="Change global_batch_size or micro_batch_size, or drop virtual_pp_size.",
+            where="training.data.global_batch_size",
+        )
+
+
+def build_run(config: RunConfig, plugins: Mapping[str, ModelPlugin]) -> Run:
+    """Build every part. Collective over all ranks; ``check`` has passed."""
+    streams = Streams(config.training.seed)
+    mesh = Mesh.build(config.training.distributed.dims())
+    loader = build_loader(config, mesh, streams)
+    roles = {
+        name: build_role(config, name, plugin, mesh, streams) for name, plugin in plugins.items()
+    }
+    cls = method_class(config)
+    options = parse_options(cls.Options, config.method.own_options(), "method")
+    method = cls(roles, options, streams)
+    callbacks = {
+        name: _build_callback(config, name) for name in config.callbacks if name not in BUILT_IN
+    }
+    return Run(config, mesh, streams, roles, method, loader, callbacks)
+
+
+def build_loader(config: RunConfig, mesh: Mesh, streams: Streams) -> Loader:
+    """The loader of this rank's share of the data."""
+    data = config.training.data
+    return Loader(
+        data,
+        data_rank=mesh.dp_rank,
+        data_size=mesh.dp_size,
+        micro_batch_size=data.micro_batch_size,
+        global_batch_size=data.global_batch_size or data.micro_batch_size * mesh.dp_size,
+        streams=streams,
+    )
+
+
+def role_settings(config: RunConfig, name: str) -> RoleSettings:
+    """What the engine needs to know of role ``name``."""
+    role, training = config.models[name], config.training
+    distributed = config.role_distributed(name)
+    is_student = name == "student"
+    ema = _built_in(config, "ema", EMAOptions) if is_student and "ema" in config.callbacks else None
+    return RoleSettings(
+        name=name,
+        dims=distributed.dims(),
+        trainable=role.trainable,
+        precision=role.precision or training.precision,
+        recompute=role.recompute or training.recompute,
+        transformer_impl=role.transformer_impl,
+        attention_backend=role.attention.backend,
+        fp8=role.fp8,
+        score_schedule=training.score_schedule,
+        overlap_grad_reduce=distributed.overlap_grad_reduce,
+        overlap_param_gather=distributed.overlap_param_gather,
+        grad_reduce_in_fp32=distributed.grad_reduce_in_fp32,
+        optimizer=optimizer_settings(config, distributed.use_distributed_optimizer)
+        if role.trainable
+        else None,
+        ema=EMASettings(decay=ema.decay, start_step=ema.start_iter) if ema else None,
+    )
+
+
+def optimizer_settings(config: RunConfig, use_distributed_optimizer: bool) -> OptimizerSettings:
+    """``training.optimizer`` with the clip of ``callbacks.grad_clip``."""
+    values = config.training.optimizer.model_dump()
+    clip = _built_in(config, "grad_clip", GradClipOptions)
+    return OptimizerSettings(
+        **values,
+        max_grad_norm=clip.max_grad_norm,
+        total_steps=config.training.loop.max_train_steps,
+        use_distributed_optimizer=use_distributed_optimizer,
+    )
+
+
+def build_role(
+    config: RunConfig, name: str, plugin: ModelPlugin, mesh: Mesh, streams: Streams
+) -> Role:
+    """One role with its weights in place."""
+    init_from = config.models[name].model_options().get("init_from")
+    store = open_weights(plugin, init_from, streams, name, where=f"models.{name}.init_from")
+    return Role.build(plugin, role_settings(config, name), data_layout=mesh, store=store)
+
+
+def _built_in(config: RunConfig, name: str, cls: type[Any]) -> Any:
+    section = config.callbacks.get(name)
+    return parse_options(cls, section.own_options() if section else {}, f"callbacks.{name}")
+
+
+def _callback_options(config: RunConfig, name: str) -> StrictOptions:
+    section = config.callbacks[name]
+    if section.target is None and name in BUILT_IN:
+        return cast(StrictOptions, _built_in(config, name, BUILT_IN[name]))
+    return parse_options(_callback_class(config, name).Options, section.own_options(), f"callbacks.{name}")
+
+
+def _callback_class(config: RunConfig, name: str) -> type[Callback]:
+    target = config.callbacks[name].target or CALLBACKS.get(name)
+    if target is None:
+        raise ConfigError(
+            "is no built-in callback and has no _target_;",
+            remedy=suggest(name, [*BUILT_IN, *CALLBACKS]),
+            where=f"callbacks.{name}",
+        )
+    return cast(type[Callback], resolve(target, CALLBACKS, where=f"callbacks.{name}._target_"))
+
+
+def _build_callback(config: RunConfig, name: str) -> Callback:
+    return _callback_class(config, name)(_callback_options(config, name))
+

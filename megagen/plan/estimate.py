@@ -1,0 +1,110 @@
+"""Estimates of memory per rank and work per step of a role.
+
+Memory = weights + gradients + optimizer states + EMA + activations, in bytes:
+
+* weights 2 (bf16) or 4 (fp32) per parameter; parameters are cut by TP x PP;
+* gradients 4 (fp32 buffers) for a trained role;
+* Adam moments 8, and 4 more for the fp32 master of a bf16 weight; divided by DP x CP under the
+  distributed optimizer;
+* EMA 4;
+* activations: per token and layer ``18 D + 2 F`` numbers are kept without recomputation, ``12 D + F``
+  with selective (attention and MLP inside recomputed), ``D`` with full, where D is the hidden and F
+  the FFN size. TP divides the FFN and attention part, sequence parallelism the rest too.
+  A pipeline stage keeps as many micro-batches as there are stages after it, at most all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megagen.models.base import ModelPlugin
+from megagen.parallel.dims import ParallelDims
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one role on one rank, by use."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    ema: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """Sum of all uses."""
+        return self.weights + self.gradients + self.optimizer + self.ema + self.activations
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a role.
+
+    Args:
+        dims: its layout.
+        world_size: ranks of the run.
+        latent_shape: [C, T, H, W] of one sample.
+        micro_batch_size: samples per micro-batch.
+        num_micro_batches: micro-batches per step and data rank.
+        trainable: whether it has gradients and an optimizer.
+        bf16: bf16 weights with fp32 masters, else fp32.
+        recompute: none, selective or full.
+        distributed_optimizer: states sharded over data ranks.
+        ema: whether an EMA is kept.
+    """
+
+    dims: ParallelDims
+    world_size: int
+    latent_shape: Sequence[int]
+    micro_batch_size: int
+    num_micro_batches: int
+    trainable: bool
+    bf16: bool
+    recompute: str
+    distributed_optimizer: bool
+    ema: bool
+
+
+def memory(plugin: ModelPlugin, load: Load) -> Memory:
+    """Estimated bytes on the fullest rank (the first pipeline stage)."""
+    dims = load.dims
+    parameters = plugin.num_parameters() / (dims.tp_size * dims.pp_size)
+    element = 2 if load.bf16 else 4
+    shards = dims.dp_size(load.world_size) * dims.cp_size if load.distributed_optimizer else 1
+    states = (12 if load.bf16 else 8) / shards
+    trained = 1 if load.trainable else 0
+    return Memory(
+        weights=element * parameters,
+        gradients=4 * parameters * trained,
+        optimizer=states * parameters * trained,
+        ema=4 * parameters * trained if load.ema else 0.0,
+        activations=element * _activation_numbers(plugin, load),
+    )
+
+
+def _activation_numbers(plugin: ModelPlugin, load: Load) -> float:
+    dims = load.dims
+    tokens = load.micro_batch_size * plugin.num_tokens(load.latent_shape) / dims.cp_size
+    hidden, ffn = plugin.hidden_size, plugin.ffn_size
+    outside = dims.tp_size if dims.sequence_parallel else 1
+    kept = {
+        "none": 10 * hidden / outside + 8 * hidden / dims.tp_size + 2 * ffn / dims.tp_size,
+        "selective": 8 * hidden / outside + 4 * hidden / dims.tp_size + ffn / dims.tp_size,
+        "full": hidden / outside,
+    }[load.recompute]
+    layers = plugin.num_layers / dims.pp_size
+    one_layer = 10 * hidden / outside + (8 * hidden + 2 * ffn) / dims.tp_size
+    if not load.trainable:
+        return tokens * one_layer
+    in_flight = min(dims.pp_size, load.num_micro_batches)
+    return tokens * (kept * layers * in_flight + (one_layer if load.recompute == "full" else 0))
+
+
+def step_flops(plugin: ModelPlugin, load: Load, text_len: int) -> float:
+    """FLOPs of one optimizer step of a trained role over the whole run: 3 x forward x samples."""
+    samples = load.micro_batch_size * load.num_micro_batches * load.dims.dp_size(load.world_size)
+    return 3 * samples * plugin.flops(load.latent_shape, text_len)

@@ -1,0 +1,107 @@
+"""The plan of a run as text: what ``megagen train --dry-run`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megagen.config.schema import RunConfig
+from megagen.models.base import ModelPlugin
+from megagen.plan.estimate import GB, Load, memory, step_flops
+
+
+def describe(
+    config: RunConfig,
+    plugins: Mapping[str, ModelPlugin],
+    world_size: int,
+    latent_shape: tuple[int, int, int, int] | None,
+    text_len: int,
+) -> str:
+    """The run's layout, batches, memory per rank, tokens and FLOPs, one line each.
+
+    Args:
+        config: the checked config.
+        plugins: the model of each role.
+        world_size: ranks of the run.
+        latent_shape: [C, T, H, W] of one sample; None where neither dataset nor config tells.
+        text_len: text tokens of a sample.
+    """
+    micro, micros, dp = batch_layout(config, world_size)
+    lines = [
+        f"run        {config.training.checkpoint.output_dir}, {config.training.loop.max_train_steps} steps, "
+        f"seed {config.training.seed}",
+        f"ranks      {world_size}: {_layout(config, world_size)}",
+        f"batch      {micro} x {micros} micro-batches x {dp} data ranks = {micro * micros * dp}",
+    ]
+    if latent_shape is not None:
+        lines.append(f"sample     latents {list(latent_shape)}, {text_len} text tokens")
+    total = 0.0
+    for name, plugin in plugins.items():
+        role_lines, used = _role(config, name, plugin, world_size, latent_shape, text_len)
+        lines += role_lines
+        total += used
+    if latent_shape is not None:
+        lines.append(f"memory     {total:.2f} GB per rank for all roles (estimate, workspace not counted)")
+    return "\n".join(lines)
+
+
+def batch_layout(config: RunConfig, world_size: int) -> tuple[int, int, int]:
+    """(micro-batch size, micro-batches per step and data rank, data ranks)."""
+    data = config.training.data
+    dp = config.training.distributed.dims().dp_size(world_size)
+    whole = data.global_batch_size or data.micro_batch_size * dp
+    return data.micro_batch_size, whole // (data.micro_batch_size * dp), dp
+
+
+def _layout(config: RunConfig, world_size: int) -> str:
+    d = config.training.distributed
+    parts = [f"dp {d.dims().dp_size(world_size)}", f"tp {d.tp_size}", f"cp {d.cp_size}", f"pp {d.pp_size}"]
+    if d.virtual_pp_size:
+        parts.append(f"virtual pp {d.virtual_pp_size}")
+    if d.sequence_parallel:
+        parts.append("sequence parallel")
+    if d.cp_size > 1:
+        parts.append(f"cp by {d.cp_comm_type}")
+    if d.use_distributed_optimizer:
+        parts.append("distributed optimizer")
+    return ", ".join(parts)
+
+
+def _role(
+    config: RunConfig,
+    name: str,
+    plugin: ModelPlugin,
+    world_size: int,
+    latent_shape: tuple[int, int, int, int] | None,
+    text_len: int,
+) -> tuple[list[str], float]:
+    role = config.models[name]
+    lines = [
+        f"{name:<10} {type(plugin).__name__}, {plugin.num_parameters() / 1e6:.2f} M parameters, "
+        f"{plugin.num_layers} layers, hidden {plugin.hidden_size}, {plugin.num_heads} heads, "
+        f"{role.precision or config.training.precision}, {'trained' if role.trainable else 'frozen'}"
+    ]
+    if latent_shape is None:
+        return lines, 0.0
+    micro, micros, _ = batch_layout(config, world_size)
+    distributed = config.role_distributed(name)
+    load = Load(
+        dims=distributed.dims(),
+        world_size=world_size,
+        latent_shape=latent_shape,
+        micro_batch_size=micro,
+        num_micro_batches=micros,
+        trainable=role.trainable,
+        bf16=(role.precision or config.training.precision) == "bf16",
+        recompute=role.recompute or config.training.recompute,
+        distributed_optimizer=distributed.use_distributed_optimizer,
+        ema=name == "student" and "ema" in config.callbacks,
+    )
+    used = memory(plugin, load)
+    lines.append(
+        f"{'':<10} {used.total / GB:.2f} GB per rank: weights {used.weights / GB:.2f}, gradients "
+        f"{used.gradients / GB:.2f}, optimizer {used.optimizer / GB:.2f}, ema {used.ema / GB:.2f}, "
+        f"activations {used.activations / GB:.2f}"
+    )
+    tokens = plugin.num_tokens(latent_shape)
+    lines.append(f"{'':<10} {tokens} tokens a sample, {step_flops(plugin, load, text_len) / 1e12:.3f} TFLOP a step")
+    return lines, used.total / GB

@@ -1,0 +1,89 @@
+"""Time, tokens, FLOP/s and memory of a step."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+
+import torch
+
+from megagen.core import process
+from megagen.data.batch import Batch
+from megagen.models.base import ModelPlugin
+
+PEAK_BF16_TFLOPS = {
+    "A100": 312.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "H800": 989.0,
+    "B200": 2250.0,
+    "GB200": 2500.0,
+    "GB300": 2500.0,
+}
+"""Dense bf16 peak of a GPU by a part of its name, TFLOP/s, from the vendor's data sheets."""
+
+
+class Throughput:
+    """Measures one step after the other.
+
+    FLOPs are three forward passes of the student over the step's samples (forward and backward), the
+    usual model-FLOPs count: recomputation and other roles' passes do not raise it.
+
+    Args:
+        plugin: the student's model.
+        device: this rank's device.
+    """
+
+    def __init__(self, plugin: ModelPlugin, device: torch.device) -> None:
+        self._plugin, self._device = plugin, device
+        self._start = 0.0
+        self._tokens, self._flops = 0, 0.0
+        self._peak = _peak_tflops(device)
+
+    def start(self, batches: Sequence[Batch]) -> None:
+        """Begin a step over this data rank's micro-batches."""
+        shapes = [(b.latents_BCTHW.shape, b.condition) for b in batches]
+        self._tokens = sum(s[0] * self._plugin.num_tokens(s[1:]) for s, _ in shapes)
+        self._flops = 0.0
+        for shape, condition in shapes:
+            text = condition.get("text_embeds_BLD")
+            text_len = text.shape[1] if text is not None else 0
+            self._flops += 3 * shape[0] * self._plugin.flops(shape[1:], text_len)
+        self._start = time.perf_counter()
+
+    def stop(self, num_data_ranks: int) -> dict[str, float]:
+        """End the step.
+
+        Returns:
+            ``step_time_sec``, ``tokens_per_sec`` (whole run), ``tflops_per_gpu``, ``max_memory_gb`` of
+            this rank and, on a GPU whose peak is known, ``mfu`` in 0..1.
+        """
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).synchronize()
+        seconds = time.perf_counter() - self._start
+        tflops = self._flops * num_data_ranks / process.world_size() / seconds / 1e12
+        figures = {
+            "step_time_sec": seconds,
+            "tokens_per_sec": self._tokens * num_data_ranks / seconds,
+            "tflops_per_gpu": tflops,
+            "max_memory_gb": max_memory_bytes(self._device) / 1e9,
+        }
+        if self._peak:
+            figures["mfu"] = tflops / self._peak
+        return figures
+
+
+def max_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this rank so far: allocated on the GPU, or resident on the CPU, in bytes."""
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _peak_tflops(device: torch.device) -> float | None:
+    if device.type == "cpu":
+        return None
+    name = torch.get_device_module(device).get_device_name(device)
+    matches = [k for k in PEAK_BF16_TFLOPS if k in name]
+    return PEAK_BF16_TFLOPS[max(matches, key=len)] if matches else None
