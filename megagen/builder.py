@@ -48,9 +48,13 @@ def method_class(config: RunConfig) -> type[TrainingMethod]:
     """The method's class, with its roles compared with ``models``."""
     if config.method.target is None:
         raise ConfigError(
-            "required, not given.", remedy=f"One of {', '.join(METHODS)}, or a class.", where="method._target_"
+            "required, not given.",
+            remedy=f"One of {', '.join(METHODS)}, or a class.",
+            where="method._target_",
         )
-    cls = cast(type[TrainingMethod], resolve(config.method.target, METHODS, where="method._target_"))
+    cls = cast(
+        type[TrainingMethod], resolve(config.method.target, METHODS, where="method._target_")
+    )
     cls.check_roles(tuple(config.models))
     return cls
 
@@ -68,7 +72,11 @@ def check(config: RunConfig, plugins: Mapping[str, ModelPlugin], world_size: int
     _check_ranks(config, world_size)
     for name, plugin in plugins.items():
         distributed = config.role_distributed(name)
-        where = f"models.{name}.distributed" if config.models[name].distributed else "training.distributed"
+        where = (
+            f"models.{name}.distributed"
+            if config.models[name].distributed
+            else "training.distributed"
+        )
         distributed.dims().dp_size(world_size)
         plugin.check(distributed.dims(), where)
     _check_batches(config, world_size)
@@ -199,7 +207,9 @@ def _callback_options(config: RunConfig, name: str) -> StrictOptions:
     section = config.callbacks[name]
     if section.target is None and name in BUILT_IN:
         return cast(StrictOptions, _built_in(config, name, BUILT_IN[name]))
-    return parse_options(_callback_class(config, name).Options, section.own_options(), f"callbacks.{name}")
+    return parse_options(
+        _callback_class(config, name).Options, section.own_options(), f"callbacks.{name}"
+    )
 
 
 def _callback_class(config: RunConfig, name: str) -> type[Callback]:
@@ -215,4 +225,3 @@ def _callback_class(config: RunConfig, name: str) -> type[Callback]:
 
 def _build_callback(config: RunConfig, name: str) -> Callback:
     return _callback_class(config, name)(_callback_options(config, name))
-

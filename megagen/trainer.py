@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,7 +204,9 @@ class Trainer:
         state.save(target, self._trainer_state(), self.run_parts.roles)
         self._saved_step = self.step
         if process.is_main():
-            commit.prune(self.checkpoints_dir, self.config.training.checkpoint.checkpoints_total_limit)
+            commit.prune(
+                self.checkpoints_dir, self.config.training.checkpoint.checkpoints_total_limit
+            )
         self._on_phase("after_save", self.step)
         log.info("saved %s", target)
 

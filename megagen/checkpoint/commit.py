@@ -135,7 +135,9 @@ def verify(directory: Path, *, hashes: bool = True) -> None:
         files = json.loads((directory / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"has no readable {MANIFEST} ({error}).", remedy="Use another step.", where=str(directory)
+            f"has no readable {MANIFEST} ({error}).",
+            remedy="Use another step.",
+            where=str(directory),
         ) from None
     for entry in files:
         path = directory / entry["path"]

@@ -87,7 +87,9 @@ def read_trainer(directory: Path, *, hashes: bool = True) -> TrainerState:
         CheckpointError: it is no checkpoint, or a corrupt one.
     """
     if not directory.is_dir():
-        raise CheckpointError("is no directory.", remedy="Give a step's directory.", where=str(directory))
+        raise CheckpointError(
+            "is no directory.", remedy="Give a step's directory.", where=str(directory)
+        )
     commit.verify(directory, hashes=hashes)
     return TrainerState(**json.loads((directory / TRAINER).read_text()))
 
@@ -124,7 +126,8 @@ def _check_space(directory: Path, sharded: Any) -> None:
     mine = sum(
         t.data.numel() * t.data.element_size()
         for t in _tensors(sharded)
-        if t.data is not None and not any(t.replica_id if isinstance(t.replica_id, tuple) else (t.replica_id,))
+        if t.data is not None
+        and not any(t.replica_id if isinstance(t.replica_id, tuple) else (t.replica_id,))
     )
     total = torch.tensor(mine, dtype=torch.int64, device=process.device())
     dist.all_reduce(total)

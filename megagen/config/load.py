@@ -72,10 +72,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise ConfigError(
-            f"cannot read it ({error.strerror}).", remedy="Give an existing YAML file.", where=str(path)
+            f"cannot read it ({error.strerror}).",
+            remedy="Give an existing YAML file.",
+            where=str(path),
         ) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"is no valid YAML: {' '.join(str(error).split())}", where=str(path)) from None
+        raise ConfigError(
+            f"is no valid YAML: {' '.join(str(error).split())}", where=str(path)
+        ) from None
     except ConfigError as error:
         raise ConfigError(error.message, remedy=error.remedy, where=str(path)) from None
     if not isinstance(data, dict):

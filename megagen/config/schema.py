@@ -57,7 +57,9 @@ class DistributedOptions(StrictOptions):
     @model_validator(mode="after")
     def _consistent(self) -> DistributedOptions:
         if self.sequence_parallel and self.tp_size == 1:
-            raise ValueError("sequence_parallel shards over TP ranks: set tp_size > 1, or turn it off")
+            raise ValueError(
+                "sequence_parallel shards over TP ranks: set tp_size > 1, or turn it off"
+            )
         if (self.virtual_pp_size or 1) > 1 and self.pp_size == 1:
             raise ValueError("virtual_pp_size needs pp_size > 1")
         if self.overlap_param_gather and not (

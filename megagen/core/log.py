@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from functools import lru_cache
+from functools import cache
 
 from megagen.core import process
 
@@ -20,7 +20,9 @@ def setup(level: int = logging.INFO) -> None:
     logger.setLevel(level)
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+        )
         handler.addFilter(_MainRankOnly())
         logger.addHandler(handler)
         logger.propagate = False
@@ -31,7 +33,7 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def warn_once(name: str, message: str) -> None:
     """Log a warning the first time this exact message is given (a fallback and its reason)."""
     logging.getLogger(name).warning(message)

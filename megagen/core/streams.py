@@ -37,7 +37,9 @@ class Streams:
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
-    def normal(self, purpose: str, step: int, samples: Sequence[int], shape: Sequence[int]) -> Tensor:
+    def normal(
+        self, purpose: str, step: int, samples: Sequence[int], shape: Sequence[int]
+    ) -> Tensor:
         """Standard normal noise ``[len(samples), *shape]``, fp32, one stream per sample."""
         return torch.stack(
             [

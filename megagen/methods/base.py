@@ -81,7 +81,9 @@ def mean_metrics(losses: Sequence[Mapping[str, Tensor | float]], prefix: str) ->
         return {}
     return {
         f"{prefix}/{name}": float(
-            torch.stack([torch.as_tensor(term[name], dtype=torch.float64) for term in losses]).mean()
+            torch.stack(
+                [torch.as_tensor(term[name], dtype=torch.float64) for term in losses]
+            ).mean()
         )
         for name in losses[0]
     }

@@ -101,7 +101,9 @@ class FineTuneMethod(TrainingMethod):
         """Noise levels ``[B]`` in (0, 1), float64, inside this expert's and the options' range."""
         o = self.options
         base_B = base_time(self.streams, step, positions, o)
-        shift = o.timestep_shift if o.weighting_scheme == "shifted" else self.student.plugin.flow_shift
+        shift = (
+            o.timestep_shift if o.weighting_scheme == "shifted" else self.student.plugin.flow_shift
+        )
         low, high = self.student.plugin.timestep_range
         low = max(low / 1000, o.min_timestep_ratio)
         high = min(high / 1000, o.max_timestep_ratio)

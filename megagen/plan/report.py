@@ -40,7 +40,9 @@ def describe(
         lines += role_lines
         total += used
     if latent_shape is not None:
-        lines.append(f"memory     {total:.2f} GB per rank for all roles (estimate, workspace not counted)")
+        lines.append(
+            f"memory     {total:.2f} GB per rank for all roles (estimate, workspace not counted)"
+        )
     return "\n".join(lines)
 
 
@@ -54,7 +56,12 @@ def batch_layout(config: RunConfig, world_size: int) -> tuple[int, int, int]:
 
 def _layout(config: RunConfig, world_size: int) -> str:
     d = config.training.distributed
-    parts = [f"dp {d.dims().dp_size(world_size)}", f"tp {d.tp_size}", f"cp {d.cp_size}", f"pp {d.pp_size}"]
+    parts = [
+        f"dp {d.dims().dp_size(world_size)}",
+        f"tp {d.tp_size}",
+        f"cp {d.cp_size}",
+        f"pp {d.pp_size}",
+    ]
     if d.virtual_pp_size:
         parts.append(f"virtual pp {d.virtual_pp_size}")
     if d.sequence_parallel:
@@ -103,5 +110,7 @@ def _role(
         f"activations {used.activations / GB:.2f}"
     )
     tokens = plugin.num_tokens(latent_shape)
-    lines.append(f"{'':<10} {tokens} tokens a sample, {step_flops(plugin, load, text_len) / 1e12:.3f} TFLOP a step")
+    lines.append(
+        f"{'':<10} {tokens} tokens a sample, {step_flops(plugin, load, text_len) / 1e12:.3f} TFLOP a step"
+    )
     return lines, used.total / GB
