@@ -29,7 +29,7 @@ _BATCH, _PEAK_RATE = 64, 4e-3
 
 
 class DigitNet(nn.Module):
-    """Frame to digit, wherever in the frame: three convolutions, maximum over places, one linear."""
+    """Frame to digit, wherever it is: three convolutions, maximum over places, one linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Judge:
 
 
 def train_judge(streams: Streams, *, num_epochs: int = 24, num_reference: int = 1440) -> Judge:
-    """Train the classifier (some seconds on one core) and give it held-out clips to compare with."""
+    """Train the classifier (seconds on one core) and give it held-out clips to compare with."""
     net = DigitNet()
     _initialise(net, streams)
     images, _ = digits.load_images("train")

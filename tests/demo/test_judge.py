@@ -51,9 +51,7 @@ def test_frechet_grows_with_blur_and_noise(judge: Judge, real: digits.Clips) -> 
 
 
 def test_one_image_per_digit_has_no_diversity(judge: Judge, real: digits.Clips) -> None:
-    first = torch.stack(
-        [real.frames_NTHW[real.digits_N == d][0] for d in real.digits_N.tolist()]
-    )
+    first = torch.stack([real.frames_NTHW[real.digits_N == d][0] for d in real.digits_N.tolist()])
     assert judge.judge(replace(real, frames_NTHW=first)).diversity < 0.01
 
 

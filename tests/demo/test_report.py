@@ -1,0 +1,61 @@
+"""The report is self-contained and says what was measured."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from megagen.core.streams import Streams
+from megagen.demo import digits, report
+from megagen.demo.judge import Verdict
+
+
+@pytest.fixture
+def result() -> report.DemoResult:
+    clips = digits.make_clips("held_out", 20, Streams(0))
+    row = Verdict(0.971, 0.93, 0.985, 31.4, 0.87, 640)
+    return report.DemoResult(
+        verdicts={"sampled": row, "real <train>": Verdict(0.99, 0.98, 1.0, 2.0, 1.0, 640)},
+        real=clips,
+        sampled=clips,
+        losses=[1.0 / (1 + i) + 0.05 for i in range(1500)],
+        seconds={"train": 401.2},
+        facts={"parameters": 1040000, "diffusers_relative_error": 1.2e-7},
+    )
+
+
+def test_report_and_metrics_hold_the_figures(result: report.DemoResult, tmp_path: Path) -> None:
+    report.write_report(result, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "0.971" in page and "31.4" in page and "1,040,000" in page
+    assert "real &lt;train&gt;" in page
+    assert not re.search(r'(src|href)="(?!data:)', page), "the page must not load anything"
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert figures["digit_accuracy"] == 0.971
+    assert figures["rows"]["real <train>"]["frechet"] == 2.0
+    assert figures["seconds"] == {"train": 401.2}
+
+
+def test_the_gif_shows_each_frame_of_each_clip(result: report.DemoResult) -> None:
+    uri = report.gif_uri(result.sampled.frames_NTHW)
+    gif = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+    assert gif.n_frames == digits.NUM_FRAMES
+    sheet = report.grid(result.sampled.frames_NTHW)
+    for t in range(gif.n_frames):
+        gif.seek(t)
+        shown = torch.frombuffer(bytearray(gif.convert("L").tobytes()), dtype=torch.uint8)
+        assert torch.equal(shown.view(gif.height, gif.width), sheet[t])
+
+
+def test_the_curve_survives_odd_losses() -> None:
+    assert "polyline" in report.loss_svg([1.0, math.nan, 0.5, 0.0])
+    assert "polyline" not in report.loss_svg([1.0])
+    assert "polyline" in report.loss_svg([0.3, 0.3])
