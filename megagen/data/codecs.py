@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -136,14 +136,16 @@ class SpaceToDepthOptions(StrictOptions):
     Attributes:
         patch: pixels per latent in height and width.
         temporal: frames per latent frame.
+        channels: 3 keeps the colours; 1 keeps their mean, and decodes to grey.
     """
 
     patch: int = Field(2, ge=1)
     temporal: int = Field(1, ge=1)
+    channels: Literal[1, 3] = 3
 
 
 class SpaceToDepth(Codec):
-    """Pixels moved into channels: exact both ways, no weights.
+    """Pixels moved into channels: exact both ways (of grey clips where channels is 1), no weights.
 
     Channel ``((c * temporal + dt) * patch + dy) * patch + dx`` of latent ``(t, y, x)`` is colour c
     of pixel ``(t * temporal + dt, y * patch + dy, x * patch + dx)``.
@@ -155,7 +157,8 @@ class SpaceToDepth(Codec):
     def __init__(self, options: SpaceToDepthOptions) -> None:
         self.options = options
         self.spatial, self.temporal = options.patch, options.temporal
-        self.latent_channels = 3 * options.temporal * options.patch**2
+        self.latent_channels = options.channels * options.temporal * options.patch**2
+        self._channels = options.channels
 
     def frames_rule(self, num_frames: int) -> bool:
         """A whole number of latent frames."""
@@ -171,6 +174,8 @@ class SpaceToDepth(Codec):
 
     def encode(self, video_BCTHW: Tensor) -> Tensor:
         """See the class."""
+        if self._channels == 1:
+            video_BCTHW = video_BCTHW.mean(1, keepdim=True)
         B, C, T, H, W = video_BCTHW.shape
         p, q = self.spatial, self.temporal
         blocks = video_BCTHW.reshape(B, C, T // q, q, H // p, p, W // p, p)
@@ -181,8 +186,9 @@ class SpaceToDepth(Codec):
         """Inverse of ``encode``; values are cut to [-1, 1]."""
         B, _, T, H, W = latents_BCTHW.shape
         p, q = self.spatial, self.temporal
-        blocks = latents_BCTHW.reshape(B, 3, q, p, p, T, H, W).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return blocks.reshape(B, 3, T * q, H * p, W * p).float().clamp(-1, 1).cpu()
+        blocks = latents_BCTHW.reshape(B, -1, q, p, p, T, H, W).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        video_BCTHW = blocks.reshape(B, -1, T * q, H * p, W * p)
+        return video_BCTHW.expand(-1, 3, -1, -1, -1).float().clamp(-1, 1).cpu()
 
 
 def to_unit(frames_THWC: Tensor) -> Tensor:
