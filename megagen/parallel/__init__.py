@@ -1,1 +1,1 @@
-"""Process groups, the launcher, context-parallel attention and the CPU platform. Imports only ``core``."""
+"""Process groups, launcher, context-parallel attention, CPU platform. Imports only ``core``."""

@@ -1,7 +1,7 @@
 """Differentiable collectives of our own: exact gradients, contiguous buffers, any device.
 
-Each pair (forward, backward) is a function of a tensor and a process group, and the identity on a group
-of one. Legend: S tokens (sharded), B batch, D hidden size.
+Each is a function of a tensor and a process group, and the identity on a group of one.
+Legend: S tokens (sharded), B batch, D hidden size.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _CopyToTP(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return all_reduce(grad, ctx.group), None
 
 
@@ -59,7 +59,7 @@ class _SumOver(torch.autograd.Function):
         return all_reduce(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return grad, None
 
 
@@ -70,7 +70,7 @@ class _GatherTokens(torch.autograd.Function):
         return all_gather(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return own_slice(grad, ctx.group).contiguous(), None
 
 
@@ -81,7 +81,7 @@ class _ScatterTokens(torch.autograd.Function):
         return own_slice(x, group).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return all_gather(grad, ctx.group), None
 
 
@@ -92,7 +92,7 @@ class _GatherKeys(torch.autograd.Function):
         return all_gather(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return reduce_scatter(grad, ctx.group), None
 
 
@@ -105,14 +105,14 @@ class _AllToAll(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return _AllToAll.apply(grad, ctx.group), None
 
 
 def copy_to_tp(x: Tensor, group: ProcessGroup) -> Tensor:
     """Identity; the gradient is summed over ``group``.
 
-    For what is replicated over TP and used on different heads, columns or token shards by its ranks.
+    For what is replicated over TP and used on other heads, columns or token shards by each rank.
     megatron-core 0.16.1's own version drops the sum where the gradient is not contiguous.
     """
     return x if group.size() == 1 else _CopyToTP.apply(x, group)

@@ -5,8 +5,8 @@
 ``p2p`` (Liu et al. 2023, Ring Attention): key/value shards travel round the ranks, see ``ring.py``.
 ``a2a+p2p``: Ulysses within ``a2a_group``, a ring over ``ring_group``.
 
-Tokens are padded at the end to equal shards; padding is dropped from the keys, so no mask is needed and
-any token count is exact. Legend: S tokens, B batch, N heads, K head dim.
+Tokens are padded at the end to equal shards; padding is dropped from the keys, so no mask is needed
+and any token count is exact. Legend: S tokens, B batch, N heads, K head dim.
 """
 
 from __future__ import annotations

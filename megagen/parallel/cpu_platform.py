@@ -1,14 +1,14 @@
 """Adapts megatron-core to a machine without CUDA (torch on CPU, gloo), for tests and small runs.
 
-Where CUDA exists, ``enable`` changes nothing: GPU runs execute megatron-core as published. Otherwise
-five things in megatron-core's own namespace are replaced; torch itself stays as it is, but for the
-duration of the calls in ``PRETEND``:
+Where CUDA exists, ``enable`` changes nothing: GPU runs execute megatron-core as published.
+Elsewhere these things in megatron-core's own namespace are replaced; torch itself stays as it is,
+but for the duration of the calls in ``PRETEND``:
 
-1. the name ``torch`` in ``MODULES``: a stand-in whose ``cuda`` works on the CPU and whose factories read
-   ``device="cuda"`` as the CPU;
+1. the name ``torch`` in ``MODULES``: a stand-in whose ``cuda`` works on the CPU and whose factories
+   read ``device="cuda"`` as the CPU;
 2. the setter of the CUDA generator's state: a CPU rank's generator is the default CPU one;
-3. the functions in ``PRETEND`` run while tensors report CUDA type names and ``.cuda()`` is the identity;
-4. the checkpoint writer's results queue is forked: a spawned one re-imports ``__main__`` on every rank;
+3. the functions in ``PRETEND`` run while tensors report CUDA types and ``.cuda()`` does nothing;
+4. the checkpoint writer's results queue is forked: a spawned one re-imports ``__main__``;
 5. one warning about CPU generator states is filtered.
 """
 
@@ -61,7 +61,7 @@ class _Stream:
 
 
 class _Cuda(types.ModuleType):
-    """``torch.cuda`` of a CPU rank. A name that is not here is torch's own and fails as it would."""
+    """``torch.cuda`` of a CPU rank; a name that is not here fails as torch's own does."""
 
     Stream = _Stream
     current_device = staticmethod(lambda: CPU)
@@ -103,18 +103,18 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 def _pretending(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        real_type, real_cuda = torch.Tensor.type, torch.Tensor.cuda
+        tensor_class: Any = torch.Tensor
+        real_type, real_cuda = tensor_class.type, tensor_class.cuda
 
         def cuda_type(tensor: torch.Tensor, *type_args: Any, **type_kwargs: Any) -> Any:
             answer = real_type(tensor, *type_args, **type_kwargs)
             return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-        torch.Tensor.type = cuda_type  # type: ignore[assignment, method-assign]
-        torch.Tensor.cuda = lambda tensor, *a, **k: tensor  # type: ignore[assignment, method-assign]
+        tensor_class.type, tensor_class.cuda = cuda_type, lambda tensor, *a, **k: tensor
         try:
             return function(*args, **kwargs)
         finally:
-            torch.Tensor.type, torch.Tensor.cuda = real_type, real_cuda  # type: ignore[method-assign]
+            tensor_class.type, tensor_class.cuda = real_type, real_cuda
 
     return call
 
@@ -124,7 +124,8 @@ def _set_rng_state(state: torch.Tensor, device: int = -1, graph_safe: bool = Fal
 
 
 def _results_queue() -> Any:
-    writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    name = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    writer: Any = importlib.import_module(name)
     if writer._results_queue is None:
         writer._results_queue = multiprocessing.get_context("fork").Manager().Queue()
     return writer._results_queue

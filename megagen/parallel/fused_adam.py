@@ -1,10 +1,10 @@
 """AdamW with the state layout of TE's and Apex's FusedAdam, for every machine that has neither.
 
-megatron-core's fallback to ``torch.optim.AdamW`` cannot resume under its distributed optimizer, on a GPU
-as little as on a CPU: torch keeps ``step`` as a tensor in each parameter's state, FusedAdam as a number
-in the param group, and only the second is handled throughout. With this class all machines take the
-same optimizer and checkpoint code. Loshchilov and Hutter, "Decoupled Weight Decay Regularization",
-Algorithm 2.
+megatron-core's fallback to ``torch.optim.AdamW`` cannot resume under its distributed optimizer,
+with or without a GPU: torch keeps ``step`` as a tensor in each parameter's state, FusedAdam as a
+number in the param group, and only the second is handled throughout. With this class all machines
+take the same optimizer and checkpoint code. Loshchilov and Hutter, "Decoupled Weight Decay
+Regularization", Algorithm 2.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class FusedAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
@@ -78,6 +79,10 @@ def _gradient(p: Tensor) -> Tensor:
     return p.grad
 
 
+def _constant(value: Any) -> Callable[[Any], Any]:
+    return lambda _: value
+
+
 def install() -> bool:
     """Give megatron-core this FusedAdam where neither TE's nor Apex's is importable.
 
@@ -96,5 +101,5 @@ def install() -> bool:
         ("optimizer.distrib_optimizer", "HAVE_APEX_OR_TE", True),
         ("optimizer.distrib_optimizer", "USING_APEX_OPTIMIZER", True),
     ):
-        replace(module, name, lambda _, value=value: value)
+        replace(module, name, _constant(value))
     return True

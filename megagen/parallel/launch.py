@@ -86,7 +86,7 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
             found = {name: environ[name] for name in ("RANK", "WORLD_SIZE")}
         except KeyError as error:
             raise SetupError(
-                f"the environment has only one of RANK and WORLD_SIZE ({error.args[0]} is missing).",
+                f"the environment has one of RANK and WORLD_SIZE; {error.args[0]} is missing.",
                 remedy="Start with torchrun, srun or --nproc, or set neither.",
             ) from None
         return {**found, "LOCAL_RANK": environ.get("LOCAL_RANK", found["RANK"])}

@@ -1,7 +1,7 @@
-"""Ranks forked on this machine, each in a session of its own, watched by the process that forked them.
+"""Ranks forked on this machine, each in a session of its own, watched by their parent.
 
-Forking after the imports costs 0.1 s a rank, a fresh interpreter 10. The parent must not have touched
-CUDA. A rank ends by ``os._exit``: it must not run the exit handlers it inherited.
+Forking after the imports costs 0.1 s a rank, a fresh interpreter 10. The parent must not have
+touched CUDA. A rank ends by ``os._exit``: it must not run the exit handlers it inherited.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def spawn(
 
 
 def _fork(
-    num_ranks: int, body: Callable[..., None], folder: Path, threads: int, *args: Any
+    num_ranks: int, body: Callable[..., int], folder: Path, threads: int, *args: Any
 ) -> list[multiprocessing.process.BaseProcess]:
     context = multiprocessing.get_context("fork")
     sys.stdout.flush()

@@ -1,10 +1,11 @@
 """Ring attention: key/value shards travel round the ranks while each keeps its queries.
 
-Online softmax (Milakov and Gimelshein 2018) in fp32: with running maximum m, sum l and output o, a shard
-with scores s gives ``m' = max(m, max s)``, ``p = exp(s - m')``, ``l' = l exp(m - m') + sum p``,
-``o' = o exp(m - m') + p v``; the result is ``o / l`` and ``lse = m + log l``. Backward (FlashAttention-2,
-eq. 5): ``p = exp(s - lse)``, ``ds = p (do v^T - sum(do o))``; dk and dv travel with their shard and are
-home after a full round. Queries go in blocks, so scores take a bounded amount of memory.
+Online softmax (Milakov and Gimelshein 2018) in fp32: with running maximum m, sum l and output o, a
+shard with scores s gives ``m' = max(m, max s)``, ``p = exp(s - m')``,
+``l' = l exp(m - m') + sum p``, ``o' = o exp(m - m') + p v``; the result is ``o / l`` and
+``lse = m + log l``. Backward (Dao 2023, FlashAttention-2): ``p = exp(s - lse)``,
+``ds = p (do v^T - sum(do o))``; dk and dv travel with their shard and are home after a full round.
+Queries go in blocks, so scores take bounded memory.
 Legend: S tokens, B batch, N heads, K head dim.
 """
 
@@ -23,7 +24,7 @@ MAX_SCORES = 2**24
 
 
 class _Shift:
-    """Tensors on their way to the next rank of the ring; ``wait`` gives those of the rank before."""
+    """Tensors on their way to the next rank; ``wait`` gives those of the rank before."""
 
     def __init__(self, tensors: list[Tensor], group: ProcessGroup) -> None:
         size, rank = group.size(), group.rank()
@@ -96,7 +97,7 @@ class _Ring(torch.autograd.Function):
         return _tokens_first(out, q_SBNK)
 
     @staticmethod
-    def backward(ctx: Any, grad_SBNK: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_SBNK: Tensor) -> Any:
         q_SBNK, k_SBNK, v_SBNK, out, lse = ctx.saved_tensors
         q, k, v, grad = (_heads_first(x) for x in (q_SBNK, k_SBNK, v_SBNK, grad_SBNK))
         dot = (grad * out).sum(-1, keepdim=True)
@@ -130,7 +131,7 @@ def ring_attention(
 
     Args:
         q_SBNK: queries of this rank's shard.
-        k_SBNK: keys of the same tokens; every shard has the same size, padded at the end of the last.
+        k_SBNK: keys of the same tokens; shards have one size, padding is at the end of the last.
         v_SBNK: values.
         num_tokens: tokens before padding, over all shards, at least 1.
         group: the ranks of the ring in token order.
