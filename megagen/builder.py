@@ -1,4 +1,4 @@
-"""From a checked config to a ``Run``: plugins, checks, roles with their weights, data, method, callbacks."""
+"""From a checked config to a ``Run``: plugins, checks, roles, data, method, callbacks."""
 
 from __future__ import annotations
 
@@ -72,13 +72,9 @@ def check(config: RunConfig, plugins: Mapping[str, ModelPlugin], world_size: int
     _check_ranks(config, world_size)
     for name, plugin in plugins.items():
         distributed = config.role_distributed(name)
-        where = (
-            f"models.{name}.distributed"
-            if config.models[name].distributed
-            else "training.distributed"
-        )
+        owner = f"models.{name}" if config.models[name].distributed else "training"
         distributed.dims().dp_size(world_size)
-        plugin.check(distributed.dims(), where)
+        plugin.check(distributed.dims(), f"{owner}.distributed")
     _check_batches(config, world_size)
 
 
@@ -99,14 +95,16 @@ def _check_batches(config: RunConfig, world_size: int) -> None:
     whole = data.global_batch_size or unit
     if whole % unit:
         raise ConfigError(
-            f"is {whole}, no multiple of micro_batch_size {data.micro_batch_size} x {dp} data-parallel ranks.",
+            f"is {whole}, no multiple of micro_batch_size {data.micro_batch_size} "
+            f"x {dp} data ranks.",
             remedy=f"Take a multiple of {unit}.",
             where="training.data.global_batch_size",
         )
     asked = config.training.loop.gradient_accumulation_steps
     if asked is not None and asked != whole // unit:
         raise ConfigError(
-            f"is {asked}, but global_batch_size {whole} over {unit} samples a pass makes {whole // unit}.",
+            f"is {asked}, but global_batch_size {whole} over {unit} samples a pass makes "
+            f"{whole // unit}.",
             remedy="Drop it, or change global_batch_size.",
             where="training.loop.gradient_accumulation_steps",
         )

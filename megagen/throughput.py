@@ -27,8 +27,8 @@ PEAK_BF16_TFLOPS = {
 class Throughput:
     """Measures one step after the other.
 
-    FLOPs are three forward passes of the student over the step's samples (forward and backward), the
-    usual model-FLOPs count: recomputation and other roles' passes do not raise it.
+    FLOPs are three forward passes of the student over the step's samples (forward and backward),
+    the usual model-FLOPs count: recomputation and other roles' passes do not raise it.
 
     Args:
         plugin: the student's model.
@@ -56,8 +56,8 @@ class Throughput:
         """End the step.
 
         Returns:
-            ``step_time_sec``, ``tokens_per_sec`` (whole run), ``tflops_per_gpu``, ``max_memory_gb`` of
-            this rank and, on a GPU whose peak is known, ``mfu`` in 0..1.
+            ``step_time_sec``, ``tokens_per_sec`` (whole run), ``tflops_per_gpu``,
+            ``max_memory_gb`` of this rank and, on a GPU whose peak is known, ``mfu`` in 0..1.
         """
         if self._device.type != "cpu":
             torch.get_device_module(self._device).synchronize()

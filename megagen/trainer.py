@@ -1,4 +1,4 @@
-"""The loop: steps, metrics, callbacks, checkpoints. It knows no algorithm and no parallel layout."""
+"""The loop: steps, metrics, callbacks, checkpoints. It knows no algorithm and no layout."""
 
 from __future__ import annotations
 
@@ -154,7 +154,8 @@ class Trainer:
         limit = self.config.training.loop.max_skipped_steps
         if self._skipped_in_a_row >= limit:
             raise TrainingDiverged(
-                f"losses or gradients were not finite for {limit} steps in a row (last step {self.step}).",
+                f"losses or gradients were not finite for {limit} steps in a row, up to step "
+                f"{self.step}.",
                 remedy="Lower the learning rate or resume from an earlier checkpoint.",
             )
 
@@ -257,7 +258,8 @@ class Trainer:
             return str(named)
         if commit.steps(self.checkpoints_dir):
             raise CheckpointError(
-                f"holds checkpoints already ({self._step_names()}) and resume_from_checkpoint is empty.",
+                f"holds checkpoints already ({self._step_names()}), and resume_from_checkpoint "
+                "is empty.",
                 remedy="Choose another output_dir, or resume_from_checkpoint: latest.",
                 where=str(self.output_dir),
             )

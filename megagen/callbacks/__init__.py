@@ -1,4 +1,4 @@
-"""Hooks that observe a run, and the sections that set the engine under FastVideo's callback names."""
+"""Hooks that observe a run, and FastVideo's callback names for what the engine does."""
 
 CALLBACKS: dict[str, str] = {
     "validation": "megagen.callbacks.validation:ValidationCallback",

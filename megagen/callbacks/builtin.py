@@ -1,4 +1,4 @@
-"""``callbacks.ema`` and ``callbacks.grad_clip``: FastVideo's names for what the engine does itself."""
+"""``callbacks.ema`` and ``callbacks.grad_clip``: FastVideo's names for settings of the engine."""
 
 from __future__ import annotations
 

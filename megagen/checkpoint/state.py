@@ -1,8 +1,9 @@
 """The state of a run on disk, through megatron-core's distributed checkpointing.
 
-A step's directory holds ``state/`` (every role's weights, optimizer, schedule and EMA, sharded: it can
-be read under another layout or number of ranks), ``trainer.json`` (step, seed, config) and the
-manifest. Randomness and data order are functions of (seed, step), so nothing of them is stored.
+A step's directory holds ``state/`` (every role's weights, optimizer, schedule and EMA, sharded, so
+that it can be read under another layout or number of ranks), ``trainer.json`` (step, seed,
+config) and the manifest. Randomness and data order are functions of (seed, step): nothing of them
+is stored.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 
 from megagen.checkpoint import commit
 from megagen.core import process
@@ -126,8 +127,7 @@ def _check_space(directory: Path, sharded: Any) -> None:
     mine = sum(
         t.data.numel() * t.data.element_size()
         for t in _tensors(sharded)
-        if t.data is not None
-        and not any(t.replica_id if isinstance(t.replica_id, tuple) else (t.replica_id,))
+        if t.data is not None and is_main_replica(t.replica_id)
     )
     total = torch.tensor(mine, dtype=torch.int64, device=process.device())
     dist.all_reduce(total)
@@ -151,13 +151,13 @@ def _check_shapes(directory: Path, sharded: Any) -> None:
         if found is None:
             raise CheckpointError(
                 f"holds no tensor {tensor.key!r}.",
-                remedy="It was made by another model or method: check models and method of the config.",
+                remedy="It was made by another model or method: check models and method.",
                 where=str(directory),
             )
         if tuple(found.global_shape) != tuple(tensor.global_shape):
             raise CheckpointError(
-                f"{tensor.key!r} has the shape {tuple(found.global_shape)} there, this run's model needs "
-                f"{tuple(tensor.global_shape)}.",
+                f"{tensor.key!r} has the shape {tuple(found.global_shape)} there, this run's model "
+                f"needs {tuple(tensor.global_shape)}.",
                 remedy="Resume with the architecture that the checkpoint was trained with.",
                 where=str(directory),
             )

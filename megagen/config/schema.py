@@ -156,7 +156,8 @@ class OptimizerOptions(StrictOptions):
         lr_power: power of ``polynomial``.
         lr_end: end rate of ``polynomial``.
         min_lr_ratio: floor of ``cosine_with_min_lr`` as a share of the peak; 0 is 0.
-        lr_step_rules: ``piecewise_constant``: "1:10,0.1:20,0.01" = x1 until step 10, x0.1 until 20, then x0.01.
+        lr_step_rules: ``piecewise_constant``: "1:10,0.1:20,0.01" is x1 until step 10, x0.1 until
+            step 20, then x0.01.
     """
 
     learning_rate: float = Field(gt=0)
@@ -215,8 +216,8 @@ class CheckpointOptions(StrictOptions):
 
     Attributes:
         output_dir: the run folder.
-        resume_from_checkpoint: ``latest`` (also where there is none yet), a step's directory, or "" to
-            start anew: a folder that already holds checkpoints is then refused.
+        resume_from_checkpoint: ``latest`` (also where there is none yet), a step's directory, or ""
+            to start anew: a folder that already holds checkpoints is then refused.
         training_state_checkpointing_steps: save every so many steps; 0: only at the end.
         checkpoints_total_limit: keep the newest so many; 0: all.
         save_at_end: save after the last step.
@@ -232,7 +233,7 @@ class CheckpointOptions(StrictOptions):
 class TrackerOptions(StrictOptions):
     """``training.tracker``: where metrics go beside ``metrics.jsonl``."""
 
-    trackers: list[Literal["tensorboard", "wandb"]] = []
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     project_name: str = "megagen"
     run_name: str = ""
     entity: str = ""
@@ -275,7 +276,7 @@ class RunConfig(StrictOptions):
     models: dict[str, RoleOptions]
     method: Component
     training: TrainingOptions
-    callbacks: dict[str, Component] = {}
+    callbacks: dict[str, Component] = Field(default_factory=dict)
     pipeline: PipelineOptions = PipelineOptions()
 
     def role_distributed(self, name: str) -> DistributedOptions:

@@ -1,1 +1,1 @@
-"""Errors, logging, registries, seeded streams and process facts. Imports nothing else of megagen."""
+"""Errors, options, logging, registries, seeded streams. Imports nothing else of megagen."""

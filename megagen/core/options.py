@@ -1,4 +1,4 @@
-"""Strict option classes: each component's options sit in its owner and reject what they do not know."""
+"""Strict option classes: a component's options sit in its owner and reject unknown keys."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _explain(cls: type[BaseModel], item: ErrorDetails, where: str) -> str:
 
 
 def _fields(cls: type[BaseModel], path: Iterable[str]) -> list[str]:
-    """Field names of the class reached from ``cls`` by ``path`` (optional and union types included)."""
+    """Field names of the class reached from ``cls`` by ``path``, through optional types."""
     current: type[BaseModel] | None = cls
     for part in path:
         field = current.model_fields.get(part) if current else None

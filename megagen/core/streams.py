@@ -5,7 +5,7 @@ with ``sample`` the global sample position of the run. So noise, timesteps, exit
 dropout and data order are the same on one rank, under TP, CP and PP, on any number of data-parallel
 ranks and after a resume, and no state needs saving. Nothing in megagen reads the global RNG.
 
-Draws are made on the CPU (a CPU and a CUDA generator give different numbers for one seed) and moved.
+Draws are made on the CPU and moved: a CUDA generator gives other numbers for the same seed.
 """
 
 from __future__ import annotations

@@ -25,7 +25,9 @@ def expand_like(x: Tensor, target: Tensor) -> Tensor:
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """``s sigma / (1 + (s - 1) sigma)``: more of the noisy end for ``shift > 1`` (SD3, arXiv 2403.03206, eq. 23).
+    """``s sigma / (1 + (s - 1) sigma)``: more of the noisy end for ``shift > 1``.
+
+    Esser et al., arXiv 2403.03206, eq. 23.
 
     Args:
         sigma: any shape, in [0, 1].

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from megagen.core.errors import ConfigError
@@ -29,8 +28,9 @@ class StepResult:
     """What one training step reports.
 
     Args:
-        metrics: scalars by name (``loss/total``, ``grad_norm/student``, ``lr/student``...), this data
-            rank's mean over its micro-batches; the trainer averages ``loss/*`` over data ranks.
+        metrics: scalars by name (``loss/total``, ``grad_norm/student``, ``lr/student``...), this
+            data rank's mean over its micro-batches; the trainer averages ``loss/*`` over data
+            ranks.
         skipped: roles whose update was skipped because a loss or gradient was not finite.
     """
 
@@ -57,12 +57,16 @@ class TrainingMethod(ABC):
 
     @classmethod
     def check_roles(cls, names: Sequence[str]) -> None:
-        """Raise ``ConfigError`` where ``models`` lacks a role of this method or has one too many."""
+        """Raise ``ConfigError`` where ``models`` lacks a role of this method or has too many."""
         missing = [r for r in cls.required_roles if r not in names]
         extra = [r for r in names if r not in cls.required_roles]
         if missing or extra:
-            found = f"{cls.__name__} works on the roles {', '.join(cls.required_roles)}; found {', '.join(names)}."
-            raise ConfigError(found, remedy="Add or remove roles under `models`.", where="models")
+            raise ConfigError(
+                f"{cls.__name__} works on the roles {', '.join(cls.required_roles)}; "
+                f"found {', '.join(names)}.",
+                remedy="Add or remove roles.",
+                where="models",
+            )
 
     @abstractmethod
     def train_step(self, batches: Sequence[Batch], step: int) -> StepResult:
@@ -80,10 +84,6 @@ def mean_metrics(losses: Sequence[Mapping[str, Tensor | float]], prefix: str) ->
     if not losses:
         return {}
     return {
-        f"{prefix}/{name}": float(
-            torch.stack(
-                [torch.as_tensor(term[name], dtype=torch.float64) for term in losses]
-            ).mean()
-        )
+        f"{prefix}/{name}": sum(float(term[name]) for term in losses) / len(losses)
         for name in losses[0]
     }

@@ -1,8 +1,8 @@
 """Supervised fine-tuning (and pre-training) by flow matching.
 
-Lipman et al., arXiv 2210.02747: for ``t ~ p(t)``, ``eps ~ N(0, I)`` and ``x_t = (1 - s) x0 + s eps``
-with ``s = shift(t)``, minimise ``w(s) ||v(x_t, s) - (eps - x0)||^2``.
-Timestep distributions: Esser et al., "Scaling Rectified Flow Transformers" (arXiv 2403.03206), sec. 3.1.
+Lipman et al., arXiv 2210.02747: for ``u ~ p(u)``, ``s = shift(u)``, ``eps ~ N(0, I)`` and
+``x_t = (1 - s) x0 + s eps`` minimise ``w(s) ||v(x_t, s) - (eps - x0)||^2``.
+Timestep distributions: Esser et al., arXiv 2403.03206, section 3.1.
 
 Legend: B batch, C channels, T frames, H W latent size.
 """
@@ -40,7 +40,7 @@ class FineTuneOptions(StrictOptions):
         logit_std: its standard deviation, >= 0.
         mode_scale: strength of ``mode``, in [-1, 1.75] (monotone there).
         timestep_shift: shift of ``shifted``, > 0.
-        loss_weighting: weight of a sample: ``none``; ``bell`` exp(-2 ((s - 1/2))^2) scaled to mean 1
+        loss_weighting: weight of a sample: ``none``; ``bell`` exp(-2 (s - 1/2)^2) scaled to mean 1
             over s in (0, 1); ``one_plus_sigma`` 1 + flow_shift s, scaled likewise.
         min_timestep_ratio: lowest t / 1000 drawn.
         max_timestep_ratio: highest t / 1000 drawn.
@@ -81,7 +81,7 @@ class FineTuneMethod(TrainingMethod):
         return StepResult(metrics, skipped=("student",) if info.skipped else ())
 
     def draw(self, batch: Batch, step: int) -> Request:
-        """The micro-batch's noisy latents, timesteps and target; the only random numbers of a step."""
+        """The micro-batch's noisy latents, timesteps and target: all random numbers of a step."""
         plugin = self.student.plugin
         x0_BCTHW = plugin.normalize(batch.latents_BCTHW.float())
         noise_BCTHW = self.streams.normal("noise", step, batch.positions, x0_BCTHW.shape[1:])

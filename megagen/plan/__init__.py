@@ -1,1 +1,1 @@
-"""What a run will cost before it is started: layout, memory, tokens, FLOPs. Needs no GPU, no weights."""
+"""What a run will cost before it is started: layout, memory, tokens, FLOPs."""

@@ -7,9 +7,9 @@ Memory = weights + gradients + optimizer states + EMA + activations, in bytes:
 * Adam moments 8, and 4 more for the fp32 master of a bf16 weight; divided by DP x CP under the
   distributed optimizer;
 * EMA 4;
-* activations: per token and layer ``18 D + 2 F`` numbers are kept without recomputation, ``12 D + F``
-  with selective (attention and MLP inside recomputed), ``D`` with full, where D is the hidden and F
-  the FFN size. TP divides the FFN and attention part, sequence parallelism the rest too.
+* activations: per token and layer ``18 D + 2 F`` numbers are kept without recomputation,
+  ``12 D + F`` with selective (attention and MLP inside recomputed), ``D`` with full, where D is the
+  hidden and F the FFN size. TP divides the FFN and attention part, sequence parallelism the rest.
   A pipeline stage keeps as many micro-batches as there are stages after it, at most all of them.
 """
 

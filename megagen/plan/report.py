@@ -27,8 +27,8 @@ def describe(
     """
     micro, micros, dp = batch_layout(config, world_size)
     lines = [
-        f"run        {config.training.checkpoint.output_dir}, {config.training.loop.max_train_steps} steps, "
-        f"seed {config.training.seed}",
+        f"run        {config.training.checkpoint.output_dir}, "
+        f"{config.training.loop.max_train_steps} steps, seed {config.training.seed}",
         f"ranks      {world_size}: {_layout(config, world_size)}",
         f"batch      {micro} x {micros} micro-batches x {dp} data ranks = {micro * micros * dp}",
     ]
@@ -85,7 +85,8 @@ def _role(
     lines = [
         f"{name:<10} {type(plugin).__name__}, {plugin.num_parameters() / 1e6:.2f} M parameters, "
         f"{plugin.num_layers} layers, hidden {plugin.hidden_size}, {plugin.num_heads} heads, "
-        f"{role.precision or config.training.precision}, {'trained' if role.trainable else 'frozen'}"
+        f"{role.precision or config.training.precision}, "
+        f"{'trained' if role.trainable else 'frozen'}"
     ]
     if latent_shape is None:
         return lines, 0.0
@@ -110,7 +111,6 @@ def _role(
         f"activations {used.activations / GB:.2f}"
     )
     tokens = plugin.num_tokens(latent_shape)
-    lines.append(
-        f"{'':<10} {tokens} tokens a sample, {step_flops(plugin, load, text_len) / 1e12:.3f} TFLOP a step"
-    )
+    work = step_flops(plugin, load, text_len) / 1e12
+    lines.append(f"{'':<10} {tokens} tokens a sample, {work:.3f} TFLOP a step")
     return lines, used.total / GB

@@ -86,7 +86,7 @@ def test_a_renamed_but_unmarked_step_is_marked_if_whole(tmp_path: Path) -> None:
 
 
 def test_killed_at_any_moment_never_goes_back(tmp_path: Path) -> None:
-    """A child commits steps 1, 2, 3... and is killed; what it said was done is there, byte for byte."""
+    """A child commits steps and is killed; what it said was done is there, byte for byte."""
     import random
     import signal
     import time

@@ -1,4 +1,4 @@
-"""Fresh random inputs: a new seed each run, printed where a test fails, fixed by MEGAGEN_TEST_SEED."""
+"""Fresh random inputs: a new seed each run, shown where a test fails."""
 
 import os
 import secrets
