@@ -42,7 +42,9 @@ COMMANDS: dict[str, Command] = {
         "megagen.cli.train:train", "Train a model from a YAML config.", takes_overrides=True
     ),
     "preprocess": Command(
-        "megagen.cli.preprocess:preprocess", "Turn a folder of videos into a dataset of latents."
+        "megagen.cli.preprocess:preprocess",
+        "Turn a folder of videos into a dataset of latents.",
+        takes_overrides=True,
     ),
     "sample": Command("megagen.cli.sample:sample", "Generate videos from trained weights."),
     "convert": Command(

@@ -120,6 +120,16 @@ def build_codec(spec: Mapping[str, Any], where: str = "codec") -> Codec:
 
 def build_from_spec(spec: Mapping[str, Any], table: Mapping[str, str], where: str) -> Any:
     """``table[spec["name"]]`` made with the other keys of ``spec`` as its options."""
+    cls, options = check_spec(spec, table, where)
+    return cls(options)
+
+
+def check_spec(spec: Mapping[str, Any], table: Mapping[str, str], where: str) -> tuple[Any, Any]:
+    """The class that ``spec`` names and its parsed options; nothing is loaded.
+
+    Raises:
+        ConfigError: unknown name or option.
+    """
     options = dict(spec)
     name = options.pop("name", None)
     if name not in table:
@@ -127,7 +137,7 @@ def build_from_spec(spec: Mapping[str, Any], table: Mapping[str, str], where: st
             f"unknown name {name!r};", remedy=suggest(str(name), table), where=f"{where}.name"
         )
     cls = resolve(name, table, where=where)
-    return cls(parse_options(cls.Options, options, where))
+    return cls, parse_options(cls.Options, options, where)
 
 
 class SpaceToDepthOptions(StrictOptions):

@@ -191,7 +191,7 @@ def _open(path: str | Path) -> Any:
         raise DataError("no such video file.", remedy="Check the path.", where=str(path))
     if file.stat().st_size == 0:
         raise DataError("the file is empty (0 bytes).", remedy="Fetch it again.", where=str(path))
-    container = av.open(str(file))
+    container = av.open(str(file), metadata_errors="ignore")
     if not container.streams.video:
         container.close()
         raise DataError("the file has no video stream.", remedy="Remove it.", where=str(path))
