@@ -25,6 +25,7 @@ CPU_FLAGS = [
     "-fvisibility=hidden",
     "-Wall",
 ]
+CPU_OPS = ("layernorm", "residual", "norm_rope", "bias_gelu")
 CPU_VARIANTS = {"generic": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     CPU_VARIANTS["avx2"] = ["-mavx2", "-mfma"]
@@ -39,7 +40,7 @@ def build_mode(variable: str) -> str:
 
 
 class CpuExtension(Extension):
-    """Each file of ``variants`` is compiled once per instruction set; the module picks at run time."""
+    """``variants`` are compiled once per instruction set; the module picks one at run time."""
 
     def __init__(self, name: str, sources: list[str], variants: list[str]) -> None:
         import pybind11  # here, so that MEGAGEN_BUILD_CPU=0 needs no pybind11
@@ -49,7 +50,7 @@ class CpuExtension(Extension):
             sources,
             include_dirs=[pybind11.get_include(), str(CSRC / "cpu")],
             language="c++",
-            extra_compile_args=[*CPU_FLAGS, f"-DMEGAGEN_HAS_AVX2={int('avx2' in CPU_VARIANTS)}"],
+            extra_compile_args=[*CPU_FLAGS, f"-DMEGAGEN_X86={int(len(CPU_VARIANTS) > 1)}"],
             extra_link_args=["-fopenmp"],
             depends=[*variants, *map(str, sorted((CSRC / "cpu").glob("*.h")))],
             optional=build_mode("MEGAGEN_BUILD_CPU") == "auto",
@@ -75,10 +76,11 @@ class BuildExt(build_ext):
 
 extensions = []
 if build_mode("MEGAGEN_BUILD_CPU") != "0":
-    cpu = CSRC / "cpu"
     extensions.append(
         CpuExtension(
-            "megagen._cpu", [str(cpu / "bindings.cpp")], variants=[str(cpu / "rowwise.cpp")]
+            "megagen._cpu",
+            ["csrc/cpu/bindings.cpp"],
+            variants=[f"csrc/cpu/{op}.cpp" for op in CPU_OPS],
         )
     )
 

@@ -32,7 +32,7 @@ CUDA_ONLY = {
 
 
 def doctor() -> None:
-    """Print the versions, devices and kernel backends of this machine; exit 1 if megagen cannot run."""
+    """Print versions, devices and kernel backends; exit with 1 if a required package is missing."""
     lines = [*package_lines(), *device_lines(), *kernel_lines()]
     for line in lines:
         typer.echo(str(line))

@@ -25,8 +25,8 @@ class Command:
     """One line of the table.
 
     Args:
-        target: ``module:attribute`` of a function with typer-style parameters, or of a ``typer.Typer``
-            where the command has sub-commands.
+        target: ``module:attribute`` of a function with typer-style parameters, or of a
+            ``typer.Typer`` where the command has sub-commands.
         summary: the line that ``megagen --help`` shows.
         takes_overrides: unknown options (``--training.loop.max_train_steps 5``) are left in the
             function's ``typer.Context.args`` instead of being refused.
@@ -119,7 +119,7 @@ def _listed() -> None:
 
 
 def _help(function: Callable[..., Any]) -> str:
-    """The function's docstring up to its list of arguments, which the options describe themselves."""
+    """The docstring up to its list of arguments: the options describe themselves."""
     text = inspect.getdoc(function) or ""
     return re.split(r"^(?:Args|Returns|Raises):", text, flags=re.MULTILINE)[0].strip()
 

@@ -1,0 +1,85 @@
+// Vectors of floats without intrinsics: GCC and Clang turn them into the instruction set the file is
+// compiled for. Every name sits in the namespace of that instruction set, and no standard template is
+// used, so that the linker can never merge AVX2 code into the generic build.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace megagen::MEGAGEN_ISA {
+#if defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+typedef float Vec __attribute__((vector_size(kWidth * 4)));
+typedef int32_t IVec __attribute__((vector_size(kWidth * 4)));
+
+#define MEGAGEN_INLINE static inline __attribute__((always_inline))
+
+template <class T>
+MEGAGEN_INLINE T load(const float* p) {
+  T v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+MEGAGEN_INLINE void store(float* p, T v) {
+  std::memcpy(p, &v, sizeof v);
+}
+MEGAGEN_INLINE float total(float v) { return v; }
+MEGAGEN_INLINE float total(Vec v) {
+  float sum = 0;
+  for (int i = 0; i < kWidth; ++i) sum += v[i];
+  return sum;
+}
+
+// f(tag, i) for i = 0, W, 2W... with tag a Vec, then one by one with tag a float.
+template <class F>
+MEGAGEN_INLINE void for_each(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) f(Vec{}, i);
+  for (; i < n; ++i) f(0.0f, i);
+}
+
+// Two sums over i of what f(tag, i, a, b) adds to a and b; four chains hide the latency of addition.
+struct Sums {
+  float a, b;
+};
+template <class F>
+MEGAGEN_INLINE Sums sum_each(int64_t n, F f) {
+  Vec a[4] = {}, b[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth)
+    for (int c = 0; c < 4; ++c) f(Vec{}, i + c * kWidth, a[c], b[c]);
+  for (; i + kWidth <= n; i += kWidth) f(Vec{}, i, a[0], b[0]);
+  float tail_a = 0, tail_b = 0;
+  for (; i < n; ++i) f(0.0f, i, tail_a, tail_b);
+  return {total((a[0] + a[1]) + (a[2] + a[3])) + tail_a, total((b[0] + b[1]) + (b[2] + b[3])) + tail_b};
+}
+
+// e^x with a relative error of about 1e-7; x is clamped to [-87, 88].
+MEGAGEN_INLINE Vec exp(Vec x) {
+  const Vec lo = Vec{} - 87.0f, hi = Vec{} + 88.0f;
+  x = x < lo ? lo : x;
+  x = x > hi ? hi : x;
+  const Vec magic = Vec{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const Vec shifted = x * 1.44269504089f + magic;
+  const Vec n = shifted - magic;
+  const Vec r = (x - n * 0.693145751953125f) - n * 1.428606765330187e-06f;  // ln 2 in two parts
+  Vec p = Vec{} + 1.0f / 5040;
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  IVec bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits - 0x4B400000 + 127) << 23;
+  Vec scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
+}
+MEGAGEN_INLINE float exp(float x) { return exp(Vec{} + x)[0]; }
+}  // namespace megagen::MEGAGEN_ISA

@@ -1,0 +1,53 @@
+"""Fused memory-bound operations of a diffusion transformer: one function each, several backends.
+
+Each operation is one file: its formula, a reference in plain torch, the fused version behind
+``torch.library``, and a ``SPEC`` that tests and benchmarks loop over. A public function takes the
+fused path where a backend serves its tensors (fp32 on the CPU) and the reference elsewhere.
+Nothing is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megagen.kernels.backend import status
+    from megagen.kernels.bias_gelu import bias_gelu_tanh
+    from megagen.kernels.layernorm import layernorm_affine, layernorm_modulate
+    from megagen.kernels.norm_rope import rmsnorm_rope, sum_squares
+    from megagen.kernels.residual import gated_residual
+
+__all__ = [
+    "bias_gelu_tanh",
+    "gated_residual",
+    "layernorm_affine",
+    "layernorm_modulate",
+    "rmsnorm_rope",
+    "status",
+    "sum_squares",
+]
+
+_HOME = {
+    "bias_gelu_tanh": "bias_gelu",
+    "gated_residual": "residual",
+    "layernorm_affine": "layernorm",
+    "layernorm_modulate": "layernorm",
+    "rmsnorm_rope": "norm_rope",
+    "status": "backend",
+    "sum_squares": "norm_rope",
+}
+
+SPECS = {
+    "bias_gelu_tanh": "megagen.kernels.bias_gelu:SPEC",
+    "gated_residual": "megagen.kernels.residual:SPEC",
+    "layernorm_modulate": "megagen.kernels.layernorm:SPEC",
+    "rmsnorm_rope": "megagen.kernels.norm_rope:SPEC",
+}
+"""Every operation with its reference, cases and sizes: what tests and benchmarks loop over."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
