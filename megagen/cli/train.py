@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,21 +17,17 @@ from megagen.core.errors import ConfigError, MegagenError
 
 def train(
     context: typer.Context,
-    config: Path = typer.Option(..., "--config", help="YAML run config."),
-    nproc: int = typer.Option(
-        0,
-        "--nproc",
-        min=0,
-        help="Ranks to start on this machine; 0: one, or torchrun's or SLURM's.",
-    ),
-    dry_run: bool = typer.Option(
-        False,
-        "--dry-run",
-        help="Check the config, print the plan, stop. Needs no GPU and no weights.",
-    ),
-    world_size: int = typer.Option(
-        0, "--world-size", min=0, help="With --dry-run: plan for so many ranks."
-    ),
+    config: Annotated[Path, typer.Option("--config", help="YAML run config.")],
+    nproc: Annotated[
+        int, typer.Option(min=0, help="Ranks to start here; 0: one, or torchrun's or SLURM's.")
+    ] = 0,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check the config, print the plan: no GPU, no weights."),
+    ] = False,
+    world_size: Annotated[
+        int, typer.Option(min=0, help="With --dry-run: plan for so many ranks.")
+    ] = 0,
 ) -> None:
     """Train what a YAML config describes; any key can be overridden as --dotted.key VALUE.
 
