@@ -134,6 +134,10 @@ class ModelPlugin(ABC):
 
     # -- weights ---------------------------------------------------------------------------------
     @abstractmethod
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the diffusers checkpoint and its shape, in the order they are written."""
+
+    @abstractmethod
     def weights(self, chunk: nn.Module) -> dict[str, WeightSource]:
         """For each parameter name of ``chunk``: its source in the diffusers layout."""
 
