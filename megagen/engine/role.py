@@ -1,0 +1,419 @@
+"""One network under one parallel layout, and what an algorithm may ask of it.
+
+Every verb takes the micro-batches of this rank's data rank and is collective over all ranks of the
+run. Legend: B batch, C channels, T H W latent size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megagen.core import process
+from megagen.core.log import warn_once
+from megagen.engine import build, state
+from megagen.engine.ema import EMA
+from megagen.engine.exchange import Exchange
+from megagen.engine.optimizer import Optimizer, StepInfo
+from megagen.engine.schedule import Pipeline
+from megagen.engine.settings import EMASettings, OptimizerSettings, RoleSettings
+from megagen.engine.weights import fill
+from megagen.models.base import ModelPlugin, Request, WeightStore
+from megagen.parallel.mesh import Mesh
+
+__all__ = ["EMASettings", "OptimizerSettings", "Role", "RoleSettings", "StepInfo"]
+
+LossTerms = Mapping[str, Tensor]
+"""Scalars; ``loss`` is what is differentiated, the mean over the micro-batch."""
+LossFn = Callable[[Tensor, Request], LossTerms]
+TargetLossFn = Callable[[Tensor, Request, Any], LossTerms]
+TargetsFn = Callable[[list[Tensor]], Sequence[Any]]
+
+
+class Role:
+    """A network with its schedule and, where it is trainable, gradients, optimizer and average.
+
+    Args:
+        plugin: of the network.
+        settings: what it was built from.
+        mesh: its layout.
+        chunks: this rank's pipeline chunks, unwrapped.
+        config: its TransformerConfig.
+        data_layout: which rank holds which requests.
+    """
+
+    def __init__(
+        self,
+        plugin: ModelPlugin,
+        settings: RoleSettings,
+        mesh: Mesh,
+        chunks: Sequence[nn.Module],
+        config: Any,
+        data_layout: Mesh,
+    ) -> None:
+        self.plugin, self.settings, self.mesh = plugin, settings, mesh
+        self.chunks, self.config = list(chunks), config
+        self._exchange = Exchange(data_layout, mesh)
+        self._is_finite, self._has_gradients = True, False
+        self._ddp: list[Any] = []
+        self.optimizer: Optimizer | None = None
+        self.ema: EMA | None = None
+        if settings.trainable:
+            self._make_trainable()
+        else:
+            for chunk in self.chunks:
+                chunk.requires_grad_(False)
+        self._pipeline = Pipeline(plugin, self._ddp or self.chunks, config, mesh)
+
+    @staticmethod
+    def build(
+        plugin: ModelPlugin, settings: RoleSettings, *, data_layout: Mesh, store: WeightStore
+    ) -> Role:
+        """A role with the weights of ``store``. Collective over all ranks of the run.
+
+        Args:
+            plugin: of the network.
+            settings: layout, precision, optimizer...
+            data_layout: the run's layout, in which requests are given.
+            store: where the weights come from.
+
+        Raises:
+            ConfigError: the network cannot be cut as ``settings.dims`` says.
+        """
+        plugin.check(settings.dims, f"models.{settings.name}.distributed")
+        mesh = Mesh.build(settings.dims)
+        config = build.make_config(plugin, settings)
+        chunks = build.make_chunks(plugin, settings, config, mesh)
+        fill(plugin, chunks, mesh, store)
+        return Role(plugin, settings, mesh, chunks, config, data_layout)
+
+    def _make_trainable(self) -> None:
+        settings = self.settings
+        assert settings.optimizer is not None, f"{settings.name} is trainable without an optimizer"
+        self._ddp = build.wrap_ddp(self.chunks, settings, self.config, self.mesh)
+        self.optimizer = Optimizer(
+            self._ddp,
+            settings.optimizer,
+            self.mesh,
+            is_bf16=settings.precision == "bf16",
+            overlap_param_gather=settings.overlap_param_gather,
+        )
+        if settings.ema is not None:
+            self.ema = EMA(settings.ema, self.chunks, self.optimizer, self.mesh, self.sync_weights)
+
+    # -- facts -------------------------------------------------------------------------------------
+    @property
+    def name(self) -> str:
+        """The role's name."""
+        return self.settings.name
+
+    @property
+    def trainable(self) -> bool:
+        """Whether it has gradients and an optimizer."""
+        return self.settings.trainable
+
+    @property
+    def num_updates(self) -> int:
+        """Updates done so far, skipped ones not counted."""
+        return self.optimizer.num_updates if self.optimizer is not None else 0
+
+    # -- passes without gradients of the weights ---------------------------------------------------
+    def predict(self, requests: Sequence[Request]) -> list[Tensor]:
+        """Velocities ``eps - x0``, fp32 ``[B, C, T, H, W]``, one per request, without gradient."""
+        work = self._prepare(self._exchange.collect(requests))
+        with self._eval_mode():
+            found = self._pipeline.forward(work, lambda out, i: self._velocity(out, work[i]))
+        return self._deliver(found, work, requests, self.plugin.out_channels)
+
+    def input_gradient(self, requests: Sequence[Request], loss_fn: LossFn) -> list[Tensor]:
+        """d loss / d ``latents_BCTHW`` of each request in fp32; the weights get no gradient.
+
+        Args:
+            requests: one micro-batch each.
+            loss_fn: (velocity, request) -> terms, on the last stage.
+        """
+        own = self._exchange.collect(requests)
+        own = self._pipeline.padded([self._on_device(request) for request in own])
+        leaves = [r.latents_BCTHW.detach().float().requires_grad_() for r in own]
+        pairs = zip(own, leaves, strict=True)
+        work = [self.plugin.inputs(r.with_(latents_BCTHW=leaf)) for r, leaf in pairs]
+        # the schedule takes the mean over micro-batches and multiplies by cp
+        scale = len(work) / self.mesh.dims.cp_size
+
+        def on_output(output: Tensor, index: int) -> tuple[Tensor, None]:
+            terms = loss_fn(self._velocity(output, work[index]), work[index])
+            return terms["loss"] * scale, None
+
+        with self._frozen():
+            self._pipeline.forward_backward(work, on_output)
+        count = len(self._exchange.weights(len(requests)))
+        gradients = [self._whole_gradient(leaf) for leaf in leaves[:count]]
+        self._from_stage(gradients, 0)
+        return self._exchange.deliver(gradients, self._templates(requests, self.plugin.in_channels))
+
+    # -- training ----------------------------------------------------------------------------------
+    def zero_grad(self) -> None:
+        """Forget all gradients; before the first backward pass of an update."""
+        assert self.optimizer is not None
+        for chunk in self._ddp:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._is_finite, self._has_gradients = True, False
+
+    def forward_backward(
+        self, requests: Sequence[Request], loss_fn: LossFn, *, more_to_come: bool = False
+    ) -> list[dict[str, Tensor]]:
+        """Add the gradient of the mean loss over all requests of the run.
+
+        Args:
+            requests: this data rank's micro-batches.
+            loss_fn: (velocity, request) -> terms, on the last stage.
+            more_to_come: another backward pass follows before ``step``.
+
+        Returns:
+            The terms of each request (detached fp32 scalars), on every rank.
+        """
+        return self._backward(
+            self._exchange.collect(requests), len(requests), loss_fn, more_to_come
+        )
+
+    def forward_score_backward(
+        self,
+        requests: Sequence[Request],
+        targets_fn: TargetsFn,
+        loss_fn: TargetLossFn,
+        *,
+        more_to_come: bool = False,
+    ) -> list[dict[str, Tensor]]:
+        """Add the gradient of a loss whose targets depend on this role's own predictions.
+
+        Args:
+            requests: this data rank's micro-batches.
+            targets_fn: predictions of ``requests`` (detached) -> one target each (tensors, or
+                containers of them); runs on every rank and may ask other roles.
+            loss_fn: (velocity, request, target) -> terms, on the last stage.
+            more_to_come: another backward pass follows before ``step``.
+
+        Returns:
+            The terms of each request (detached fp32 scalars), on every rank.
+        """
+        if self.settings.score_schedule == "hold" and not self._pipeline.is_interleaved:
+            return self._hold(requests, targets_fn, loss_fn, more_to_come)
+        if self.settings.score_schedule == "hold":
+            warn_once(__name__, f"{self.name}: virtual stages cannot hold; forwards are replayed")
+        targets = self._exchange.collect(list(targets_fn(self.predict(requests))))
+        work = self._exchange.collect(requests)
+        return self._backward(work, len(requests), loss_fn, more_to_come, targets)
+
+    def step(self) -> StepInfo:
+        """Reduce the gradients, clip, update weights and average.
+
+        A non-finite loss or gradient on any rank skips the update everywhere: weights, moments,
+        schedule and average stay as they are.
+        """
+        from megatron.core.distributed import finalize_model_grads
+
+        assert self.optimizer is not None and self._has_gradients, "step without a backward pass"
+        finalize_model_grads(self._ddp, None, pg_collection=self.mesh.pg)
+        info = self.optimizer.step(self._is_finite)
+        if not info.skipped and self.ema is not None:
+            self.ema.update()
+        self._has_gradients = False
+        return info
+
+    # -- weights and state -------------------------------------------------------------------------
+    def sync_weights(self) -> None:
+        """Make the parameters of ``chunks`` current; before reading them from outside."""
+        if self.settings.overlap_param_gather:
+            for chunk in self._ddp:
+                chunk.start_param_sync(force_sync=True)
+
+    def reload_weights(self) -> None:
+        """Take the parameters of ``chunks`` as they are now; after setting them from outside."""
+        if self.optimizer is not None:
+            self.optimizer.reload_weights()
+        if self.ema is not None:
+            self.ema.reset()
+
+    def sharded_state(self, is_loading: bool = False) -> dict[str, Any]:
+        """Weights, optimizer, schedule and average for megatron-core's ``dist_checkpointing``."""
+        self.sync_weights()
+        return state.sharded_state(self, is_loading=is_loading)
+
+    def load_state(self, loaded: dict[str, Any]) -> None:
+        """What ``sharded_state(is_loading=True)`` gave, filled by ``dist_checkpointing.load``."""
+        state.load_state(self, loaded)
+
+    # -- parts of the verbs ------------------------------------------------------------------------
+    def _backward(
+        self,
+        own: Sequence[Request],
+        num_requests: int,
+        loss_fn: Callable[..., LossTerms],
+        more_to_come: bool,
+        targets: Sequence[Any] | None = None,
+    ) -> list[dict[str, Tensor]]:
+        work = self._prepare(own)
+        self._pipeline.check_divides(len(work), self.name)
+        weights = self._exchange.weights(num_requests)
+
+        def on_output(output: Tensor, index: int) -> tuple[Tensor, dict[str, float]]:
+            extra = () if targets is None else (targets[index],)
+            terms = loss_fn(self._velocity(output, work[index]), work[index], *extra)
+            return terms["loss"] * weights[index], _floats(terms)
+
+        with self._no_sync(more_to_come):
+            reports = self._pipeline.forward_backward(work, on_output)
+        return self._report(reports, num_requests)
+
+    def _hold(
+        self,
+        requests: Sequence[Request],
+        targets_fn: TargetsFn,
+        loss_fn: TargetLossFn,
+        more_to_come: bool,
+    ) -> list[dict[str, Tensor]]:
+        work = self._prepare(self._exchange.collect(requests))
+        weights = self._exchange.weights(len(requests))
+        with self._no_sync(more_to_come):
+            held = self._pipeline.hold_forward(work)
+            velocities: list[Tensor] = []
+            if self._pipeline.has_prediction:
+                outputs = zip(held.outputs, work, strict=True)
+                velocities = [self._velocity(output, request) for output, request in outputs]
+            found = [velocity.detach() for velocity in velocities]
+            predictions = self._deliver(found, work, requests, self.plugin.out_channels)
+            targets = self._exchange.collect(list(targets_fn(predictions)))
+            losses, reports = [], []
+            for velocity, request, target, weight in zip(
+                velocities, work, targets, weights, strict=False
+            ):
+                terms = loss_fn(velocity, request, target)
+                losses.append(terms["loss"] * weight)
+                reports.append(_floats(terms))
+            self._pipeline.hold_backward(work, held, losses)
+        return self._report(reports, len(requests))
+
+    def _velocity(self, output: Tensor, request: Request) -> Tensor:
+        return self.plugin.velocity(output.float(), request)
+
+    def _prepare(self, requests: Sequence[Request]) -> list[Request]:
+        return [self.plugin.inputs(self._on_device(request)) for request in requests]
+
+    def _on_device(self, request: Request) -> Request:
+        device = process.device()
+        return request.with_(
+            latents_BCTHW=request.latents_BCTHW.to(device),
+            timestep=request.timestep.to(device),
+            condition={name: value.to(device) for name, value in request.condition.items()},
+        )
+
+    def _report(
+        self, reports: Sequence[dict[str, float]], num_requests: int
+    ) -> list[dict[str, Tensor]]:
+        """The last stage's terms on every rank; remembers whether all were finite."""
+        self._has_gradients = True
+        payload: list[Any] = [list(reports)]
+        group = self.mesh.pg.pp
+        if group.size() > 1:
+            source = dist.get_global_rank(group, group.size() - 1)
+            dist.broadcast_object_list(payload, src=source, group=group, device=process.device())
+        self._is_finite &= all(math.isfinite(v) for terms in payload[0] for v in terms.values())
+        own = self._exchange.deliver_objects(payload[0], num_requests)
+        return [{name: torch.tensor(value) for name, value in terms.items()} for terms in own]
+
+    def _deliver(
+        self,
+        found: Sequence[Tensor],
+        work: Sequence[Request],
+        requests: Sequence[Request],
+        channels: int,
+    ) -> list[Tensor]:
+        """The last stage's predictions of ``work`` as those of ``requests``, on every rank."""
+        results = list(found) if found else self._templates(work, channels)
+        self._from_stage(results, self.mesh.dims.pp_size - 1)
+        return self._exchange.deliver(results, self._templates(requests, channels))
+
+    def _templates(self, requests: Sequence[Request], channels: int) -> list[Tensor]:
+        """Empty fp32 tensors of the requests' latent shapes."""
+        shapes = [
+            (r.latents_BCTHW.shape[0], channels, *r.latents_BCTHW.shape[2:]) for r in requests
+        ]
+        return [torch.empty(shape, device=process.device()) for shape in shapes]
+
+    def _from_stage(self, tensors: list[Tensor], stage: int) -> None:
+        """Replace ``tensors`` by those of a pipeline stage, in one message."""
+        group = self.mesh.pg.pp
+        if group.size() == 1:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.broadcast(flat, src=dist.get_global_rank(group, stage), group=group)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        tensors[:] = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+    def _whole_gradient(self, leaf: Tensor) -> Tensor:
+        """Each rank has the gradient through its own tokens: their sum over the ranks.
+
+        On stages that do not see the latents it is zero.
+        """
+        gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+        for group, is_shared in (
+            (self.mesh.pg.cp, self.mesh.dims.cp_size > 1),
+            (self.mesh.pg.tp, self.mesh.dims.sequence_parallel and self.mesh.dims.tp_size > 1),
+        ):
+            if is_shared:
+                dist.all_reduce(gradient, group=group)
+        return gradient
+
+    @contextlib.contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        before = [chunk.training for chunk in self.chunks]
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            yield
+        finally:
+            for chunk, training in zip(self.chunks, before, strict=True):
+                chunk.train(training)
+
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Parameters that ask for no gradient, and DDP's hooks out of the way."""
+        parameters = [p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad]
+        if parameters and self.settings.overlap_param_gather:
+            for chunk in self._ddp:
+                chunk.disable_forward_pre_hook()
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            if parameters and self.settings.overlap_param_gather:
+                for chunk in self._ddp:
+                    chunk.enable_forward_pre_hook()
+
+    @contextlib.contextmanager
+    def _no_sync(self, active: bool) -> Iterator[None]:
+        """No reduction of gradients by the backward passes inside."""
+        with contextlib.ExitStack() as stack:
+            hook = self.config.no_sync_func
+            if active:
+                for chunk in self._ddp:
+                    stack.enter_context(chunk.no_sync())
+                self.config.no_sync_func = None
+            try:
+                yield
+            finally:
+                self.config.no_sync_func = hook
+
+
+def _floats(terms: LossTerms) -> dict[str, float]:
+    return {name: float(value.detach()) for name, value in terms.items()}
