@@ -88,12 +88,15 @@ NormRope norm_rope(const NormRopeSizes& sizes, float eps, Address x, Address wei
   return op;
 }
 
-// Cuts token positions into runs with one row each, at most kSegment long; returns their number.
-Index cut_segments(Address rows_address, Index num_tokens, Address bounds_address) {
+// Cuts token positions into runs with one row each, at most kSegment long; returns their number, or
+// -1 where a row is not one of num_rows.
+Index cut_segments(Address rows_address, Index num_tokens, Index num_rows, Address bounds_address) {
   const Index* rows = at<const Index>(rows_address);
   Index *bounds = at<Index>(bounds_address), count = 0;
-  for (Index s = 0; s < num_tokens; ++s)
+  for (Index s = 0; s < num_tokens; ++s) {
+    if (rows[s] < 0 || rows[s] >= num_rows) return -1;
     if (s == 0 || rows[s] != rows[s - 1] || s - bounds[count - 1] == kSegment) bounds[count++] = s;
+  }
   bounds[count] = num_tokens;
   return count;
 }

@@ -73,7 +73,9 @@ def describe(
     else:
         rows_S = rows_S.contiguous()
         bounds = torch.empty(num_tokens + 1, dtype=torch.int64)
-        count = cpu().cut_segments(rows_S.data_ptr(), num_tokens, bounds.data_ptr())
+        count = cpu().cut_segments(rows_S.data_ptr(), num_tokens, num_rows, bounds.data_ptr())
+        if count < 0:
+            raise IndexError(f"rows_S must lie in 0..{num_rows - 1}")
     described = cpu().Rows(
         num_tokens, batch, dim, num_rows, mod_batch, address(rows_S), address(bounds), count
     )

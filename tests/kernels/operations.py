@@ -1,0 +1,54 @@
+"""Running an operation of the table with gradients, in any precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megagen.core.registry import resolve
+from megagen.kernels import SPECS
+from megagen.kernels.spec import Case, Spec
+
+ALL: dict[str, Spec] = {name: resolve(target) for name, target in SPECS.items()}
+CASES: list[tuple[str, Case]] = [(name, case) for name, spec in ALL.items() for case in spec.cases]
+
+
+def case_id(value: object) -> str:
+    if isinstance(value, dict):
+        return "-".join(f"{k}{v}" for k, v in value.items())
+    return str(value)
+
+
+def run(
+    function: Callable[..., Tensor],
+    spec: Spec,
+    made: dict[str, Any],
+    dtype: torch.dtype,
+    grad: Tensor,
+) -> dict[str, Tensor]:
+    """The output and the gradients by argument name, given the gradient of the output.
+
+    An argument keeps its strides, so that what a model hands over is what is tested.
+    """
+    inputs: dict[str, Any] = {}
+    for name, value in made.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            base = torch.empty_strided(value.size(), value.stride(), dtype=dtype).copy_(value)
+            inputs[name] = base.requires_grad_(name in spec.differentiable)
+        else:
+            inputs[name] = value
+    out = function(**inputs)
+    names = [name for name in spec.differentiable if isinstance(inputs.get(name), Tensor)]
+    grads = torch.autograd.grad(out, [inputs[name] for name in names], grad.to(dtype))
+    return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
+
+
+def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Relative L2 errors by name."""
+    return {
+        name: float((found[name].double() - value.double()).norm() / value.double().norm())
+        for name, value in exact.items()
+    }
