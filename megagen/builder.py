@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from megagen.callbacks import CALLBACKS
 from megagen.callbacks.base import Callback
 from megagen.callbacks.builtin import EMAOptions, GradClipOptions
-from megagen.checkpoint.weights import open_weights
+from megagen.checkpoint.state import read_trainer
+from megagen.checkpoint.weights import find_checkpoint, open_weights
 from megagen.config.schema import RunConfig
 from megagen.core.errors import ConfigError, suggest
 from megagen.core.options import StrictOptions, parse_options
 from megagen.core.registry import resolve
 from megagen.core.streams import Streams
+from megagen.data.dataset import open_dataset
 from megagen.data.loader import Loader
 from megagen.engine.role import Role
 from megagen.engine.settings import EMASettings, OptimizerSettings, RoleSettings
@@ -34,14 +37,29 @@ def build_plugins(config: RunConfig) -> dict[str, ModelPlugin]:
     Raises:
         ConfigError: unknown class or option.
     """
-    plugins = {}
-    for name, role in config.models.items():
-        where = f"models.{name}"
-        cls = resolve(role.target, MODELS, where=f"{where}._target_")
-        shift = role.flow_shift if role.flow_shift is not None else config.pipeline.flow_shift
-        options = parse_options(cls.Options, {**role.model_options(), "flow_shift": shift}, where)
-        plugins[name] = cast(ModelPlugin, cls(options, where=where))
-    return plugins
+    return {name: _build_plugin(config, name) for name in config.models}
+
+
+def _build_plugin(config: RunConfig, name: str) -> ModelPlugin:
+    role, where = config.models[name], f"models.{name}"
+    given = role.model_options()
+    shift = role.flow_shift if role.flow_shift is not None else config.pipeline.flow_shift
+    if shift is not None:
+        given["flow_shift"] = shift
+    checkpoint = _checkpoint_of(given)
+    if checkpoint is not None:
+        stored = read_trainer(checkpoint, hashes=False).models["student"]
+        kept = {k: v for k, v in stored.items() if k != "_target_"}
+        given = {**kept, **{k: v for k, v in given.items() if k != "init_from"}}
+    cls = resolve(role.target, MODELS, where=f"{where}._target_")
+    options = parse_options(cls.Options, given, where)
+    return cast(ModelPlugin, cls(options, where=where))
+
+
+def _checkpoint_of(model_options: Mapping[str, Any]) -> Path | None:
+    """The checkpoint of ours that ``init_from`` names, if it names one."""
+    init_from = model_options.get("init_from")
+    return find_checkpoint(init_from) if isinstance(init_from, str) else None
 
 
 def method_class(config: RunConfig) -> type[TrainingMethod]:
@@ -136,6 +154,35 @@ def build_run(config: RunConfig, plugins: Mapping[str, ModelPlugin]) -> Run:
     return Run(config, mesh, streams, roles, method, loader, callbacks)
 
 
+def sample_shape(
+    config: RunConfig, plugin: ModelPlugin, *, required: bool
+) -> tuple[tuple[int, int, int, int] | None, int]:
+    """Latent shape [C, T, H, W] of the largest bucket, and text tokens of a sample.
+
+    Opens the dataset, so a missing or corrupt file is found here, before any rank starts.
+
+    Args:
+        config: the config.
+        plugin: the student's model.
+        required: raise where there is no dataset; else the shape is None.
+
+    Raises:
+        ConfigError: the dataset's latents are not this model's.
+    """
+    data = config.training.data
+    if not required and not all(Path(source).is_dir() for source in data.sources()):
+        return None, data.text_len or 0
+    dataset = open_dataset(data, "training.data")
+    shape = max((b.latent_shape for b in dataset.buckets), key=lambda s: s[1] * s[2] * s[3])
+    if shape[0] != plugin.in_channels:
+        raise ConfigError(
+            f"has latents of {shape[0]} channels, the model works on {plugin.in_channels}.",
+            remedy="Preprocess with this model's codec, or change models.student.architecture.",
+            where="training.data.data_path",
+        )
+    return shape, dataset.text_len
+
+
 def build_loader(config: RunConfig, mesh: Mesh, streams: Streams) -> Loader:
     """The loader of this rank's share of the data."""
     data = config.training.data
@@ -191,8 +238,8 @@ def build_role(
     config: RunConfig, name: str, plugin: ModelPlugin, mesh: Mesh, streams: Streams
 ) -> Role:
     """One role with its weights in place."""
-    init_from = config.models[name].model_options().get("init_from")
-    store = open_weights(plugin, init_from, streams, name, where=f"models.{name}.init_from")
+    given = config.models[name].model_options()
+    store = open_weights(plugin, given.get("init_from"), streams, name, given.get("subfolder"))
     return Role.build(plugin, role_settings(config, name), data_layout=mesh, store=store)
 
 

@@ -21,6 +21,7 @@ from megagen.config.schema import RunConfig
 from megagen.core import process
 from megagen.core.errors import CheckpointError, MegagenError
 from megagen.core.log import get_logger
+from megagen.core.registry import target_of
 from megagen.core.streams import Streams
 from megagen.data.batch import Batch
 from megagen.engine.role import Role
@@ -218,7 +219,10 @@ class Trainer:
             version=megagen.__version__,
             world_size=process.world_size(),
             config=self.config.model_dump(mode="json", by_alias=True),
-            diffusers={n: r.plugin.diffusers_config() for n, r in self.run_parts.roles.items()},
+            models={
+                name: {"_target_": target_of(role.plugin), **role.plugin.portable_options()}
+                for name, role in self.run_parts.roles.items()
+            },
         )
 
     def _resume(self) -> None:

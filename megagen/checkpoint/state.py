@@ -41,7 +41,7 @@ class TrainerState:
         version: megagen's version.
         world_size: ranks that wrote it (any number may read it).
         config: the resolved run config as plain data; empty for converted weights.
-        diffusers: each role's diffusers ``config.json``, so that a role can be rebuilt alone.
+        models: each role's ``_target_`` and portable options, so that a role can be rebuilt alone.
     """
 
     step: int
@@ -49,7 +49,7 @@ class TrainerState:
     version: str
     world_size: int
     config: dict[str, Any]
-    diffusers: dict[str, dict[str, Any]]
+    models: dict[str, dict[str, Any]]
 
 
 def save(directory: Path, state: TrainerState, roles: Mapping[str, Role]) -> None:

@@ -258,13 +258,14 @@ class PipelineOptions(StrictOptions):
     """``pipeline``: what turns latents into videos and texts into conditions, for validation.
 
     Attributes:
-        flow_shift: the run's timestep shift, > 0; roles may override it.
+        flow_shift: the run's timestep shift, > 0; roles may override it. None: each model's own
+            (its scheduler config's or preset's, else 3).
         codec: codec spec; None: the one that the dataset was made with.
         text_encoder: text encoder spec; None: the one that the dataset was made with.
         negative_prompt: the unconditional prompt of guidance; None: the dataset's.
     """
 
-    flow_shift: float = Field(3.0, gt=0)
+    flow_shift: float | None = Field(None, gt=0)
     codec: dict[str, Any] | None = None
     text_encoder: dict[str, Any] | None = None
     negative_prompt: str | None = None

@@ -13,6 +13,11 @@ from typing import Any
 from megagen.core.errors import ConfigError, suggest
 
 
+def target_of(instance: object) -> str:
+    """The dotted path by which ``resolve`` finds the class of ``instance``."""
+    return f"{type(instance).__module__}:{type(instance).__qualname__}"
+
+
 def resolve(target: str, table: Mapping[str, str] | None = None, *, where: str = "") -> Any:
     """The object that ``target`` names.
 

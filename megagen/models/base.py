@@ -142,6 +142,14 @@ class ModelPlugin(ABC):
         """For each parameter name of ``chunk``: its source in the diffusers layout."""
 
     @abstractmethod
+    def weight_source(self, name: str) -> WeightSource:
+        """The source of the parameter called ``name`` in any chunk of this network."""
+
+    @abstractmethod
+    def portable_options(self) -> dict[str, Any]:
+        """Options that build an equal plugin with no file at hand (kept in checkpoints)."""
+
+    @abstractmethod
     def diffusers_config(self) -> dict[str, Any]:
         """The ``config.json`` of the diffusers transformer directory."""
 

@@ -98,7 +98,7 @@ def test_resume_is_bitwise(data: Path, tmp_path: Path, one_rank) -> None:
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("tp2_sp", "pp2"), ("pp2_vpp2", "tp2"), ("dp2", "tp2_cp2"), ("cp2_dp2", "dp2_plain")],
+    [("tp2_sp", "pp2"), ("pp2_vpp2", "tp2"), ("dp2", "tp2_cp2"), ("cp2_dp2", "dp2_overlap")],
 )
 def test_resume_under_another_layout(
     first: str, second: str, data: Path, tmp_path: Path, one_rank

@@ -93,10 +93,11 @@ IMAGE_MODULES = {"linear_1": "ff.net.0.proj", "linear_2": "ff.net.2"}
 def weight_sources(chunk: nn.Module, arch: WanArchitecture) -> dict[str, WeightSource]:
     """For each parameter of a chunk: its source in the diffusers layout."""
     shapes = tensor_shapes(arch)
-    return {name: _source(name, arch, shapes) for name, _ in chunk.named_parameters()}
+    return {name: weight_source(name, arch, shapes) for name, _ in chunk.named_parameters()}
 
 
-def _source(name: str, arch: WanArchitecture, shapes: dict[str, Shape]) -> WeightSource:
+def weight_source(name: str, arch: WanArchitecture, shapes: dict[str, Shape]) -> WeightSource:
+    """The source of the parameter that is called ``name`` in any chunk."""
     block = re.fullmatch(r"(blocks\.\d+)\.(.+)\.(weight|bias)", name)
     if name.endswith("scale_shift_table.weight"):
         return _plain(name.removesuffix(".weight"), None, shapes)

@@ -129,6 +129,25 @@ class WanModel(ModelPlugin):
         """Sources of a chunk's parameters."""
         return names.weight_sources(chunk, self.arch)
 
+    def weight_source(self, name: str) -> WeightSource:
+        """Source of one parameter, by its name."""
+        return names.weight_source(name, self.arch, self.tensor_shapes())
+
+    def portable_options(self) -> dict[str, Any]:
+        """Options that build this plugin again with no file at hand."""
+        architecture = {
+            **self.arch.diffusers_config(),
+            "latents_mean": self._mean.flatten().tolist(),
+            "latents_std": self._std.flatten().tolist(),
+        }
+        return {
+            "architecture": architecture,
+            "expert": self.options.expert,
+            "boundary_ratio": self.boundary_ratio,
+            "flow_shift": self.flow_shift,
+            "expand_timesteps": self.expand_timesteps,
+        }
+
     def diffusers_config(self) -> dict[str, Any]:
         """``config.json`` of a ``WanTransformer3DModel``."""
         return {"_class_name": "WanTransformer3DModel", **self.arch.diffusers_config()}
