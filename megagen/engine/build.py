@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from megagen.core import process
@@ -18,24 +17,17 @@ from megagen.parallel.mesh import Mesh
 
 def make_config(plugin: ModelPlugin, settings: RoleSettings) -> Any:
     """The role's own TransformerConfig: megatron-core's schedules keep hooks and state on it."""
-    dims = settings.dims
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    overrides: dict[str, Any] = {
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": settings.precision == "bf16",
-        "transformer_impl": settings.transformer_impl,
-        # batched exchange with interleaving gives wrong gradients under two stages
-        "batch_p2p_comm": False,
-        "overlap_p2p_comm": dims.num_chunks > 1,
-    }
-    if settings.fp8:
-        overrides["fp8"] = "hybrid"
-    if settings.recompute == "full":
-        overrides |= {"recompute_method": "uniform", "recompute_num_layers": 1}
-    if settings.recompute != "none":
-        overrides["recompute_granularity"] = settings.recompute
-    config = plugin.transformer_config(dims, **overrides)
+    config = plugin.transformer_config(
+        settings.dims,
+        precision=settings.precision,
+        recompute=settings.recompute,
+        transformer_impl=settings.transformer_impl,
+        fp8=settings.fp8,
+        # batched exchange with interleaving gives wrong gradients under two stages, and with
+        # shapes that vary it can deadlock under four
+        batch_p2p_comm=False,
+        overlap_p2p_comm=settings.dims.num_chunks > 1,
+    )
     # gradients of the embedders that every stage holds are summed over stages
     config.has_cond_embedder = True
     return config

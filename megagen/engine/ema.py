@@ -1,7 +1,7 @@
 """Moving average of a role's weights, in fp32, sharded as the optimizer's masters are.
 
-``a <- d a + (1 - d) w`` after each update, from the fp32 masters: with bf16 weights the increments of
-a slow average would be lost to rounding.
+``a <- d a + (1 - d) w`` after each update, from the fp32 masters: with bf16 weights the
+increments of a slow average would be lost to rounding.
 """
 
 from __future__ import annotations

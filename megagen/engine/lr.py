@@ -1,10 +1,10 @@
 """Learning-rate schedules as pure functions of the number of updates done.
 
-With s updates done, w of warm-up, N in all and progress p = (s - w) / (N - w), the rate is the peak
-times: ``linear`` 1 - p; ``cosine`` (1 + cos(pi p)) / 2; ``cosine_with_restarts`` (n cycles)
-(1 + cos(pi ((n p) mod 1))) / 2, 0 from p = 1 on; ``cosine_with_min_lr`` the larger of the cosine and
-the floor; ``polynomial`` (e + (1 - e) (1 - p)^k) with e = end / peak. While s < w it is s / w, for
-every schedule but ``constant`` and ``piecewise_constant``. These are diffusers' schedules.
+With s updates done, w of warm-up, N in all and progress p = (s - w) / (N - w), the rate is the
+peak times: ``linear`` 1 - p; ``cosine`` (1 + cos(pi p)) / 2; ``cosine_with_restarts`` (n cycles)
+(1 + cos(pi ((n p) mod 1))) / 2, 0 from p = 1 on; ``cosine_with_min_lr`` the larger of the cosine
+and the floor; ``polynomial`` (e + (1 - e) (1 - p)^k) with e = end / peak. While s < w it is s /
+w, for every schedule but ``constant`` and ``piecewise_constant``. These are diffusers' schedules.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The optimizer of one role: megatron-core's, with our schedule, clip and guard.
 
 megatron-core's own step clips by a norm that it does not check; here a non-finite norm skips the
-update on every rank with nothing touched. Learning rate and weight decay are written to every param
-group before each update, so the groups' overrides hold without an ``OptimizerParamScheduler`` (whose
-constructor is what else would write them).
+update on every rank with nothing touched. Learning rate and weight decay are written to every
+param group before each update, so the groups' overrides hold without an
+``OptimizerParamScheduler`` (whose constructor is what else would write them).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Passes of one network over its pipeline stages, on megatron-core's schedules.
 
-``forward_backward`` runs no pipelining, 1F1B or interleaved 1F1B (Narayanan et al. 2021), by layout;
-``hold_forward`` and ``hold_backward`` run all forwards, then all backwards (GPipe), on
+``forward_backward`` runs no pipelining, 1F1B or interleaved 1F1B (Narayanan et al. 2021), by
+layout; ``hold_forward`` and ``hold_backward`` run all forwards, then all backwards (GPipe), on
 megatron-core's own steps, so that a loss may depend on what others say about the predictions.
 
 The loss convention: the last stage holds the whole prediction on each CP rank, the loss is

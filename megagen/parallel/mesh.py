@@ -158,8 +158,10 @@ def _build(dims: ParallelDims, world: ProcessGroup) -> Mesh:
 
 
 def _hierarchical(groups: _Groups, dims: ParallelDims) -> list[ProcessGroup] | None:
-    if dims.cp_comm_type != "a2a+p2p" or dims.cp_size == 1:
+    if dims.cp_comm_type != "a2a+p2p":
         return None
+    if dims.cp_size == 1:
+        return [groups.over(())] * 2
     size = dims.cp_a2a_size
     if size is None or size < 1 or dims.cp_size % size:
         raise ConfigError(
