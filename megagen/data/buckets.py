@@ -17,6 +17,8 @@ from torch import Tensor
 from megagen.core.errors import ConfigError, DataError
 from megagen.data.codecs import Codec
 
+SAME_ASPECT = 0.05  # of the logarithm of width / height
+
 
 @dataclass(frozen=True, order=True)
 class Bucket:
@@ -67,7 +69,8 @@ def choose_bucket(
 ) -> Bucket:
     """The bucket of a clip: nearest aspect, then most frames that the clip fills.
 
-    Of several such buckets the largest that needs no enlarging wins, else the smallest.
+    Aspects within 5% of the nearest count as near, too (480x832 and 720x1280 are both "16:9"). Of
+    several such buckets the largest that needs no enlarging wins, else the smallest.
 
     Args:
         num_frames: frames the clip has at the dataset's rate.
@@ -78,8 +81,8 @@ def choose_bucket(
         DataError: the clip is too short for every bucket of its aspect.
     """
     aspect = math.log(width / height)
-    distance = {b: round(abs(math.log(b.aspect) - aspect), 6) for b in buckets}
-    near = [b for b in buckets if distance[b] == min(distance.values())]
+    distance = {b: abs(math.log(b.aspect) - aspect) for b in buckets}
+    near = [b for b in buckets if distance[b] <= min(distance.values()) + SAME_ASPECT]
     filled = [b for b in near if b.num_frames <= num_frames]
     if not filled:
         raise DataError(

@@ -245,6 +245,8 @@ def _encoder(options: PreprocessOptions, codec: Codec) -> Encoder:
 def _do_part(
     work: Work, index: int, encoder: Encoder, on_clip: Callable[[], None]
 ) -> dict[str, Any]:
+    for leftover in work.output.glob(f"*/.part-{index:05d}.parquet.*.tmp"):
+        leftover.unlink()  # of an attempt that was killed; no other rank has this part
     encoded = encoder.encode(work.part(index), on_clip)
     files = []
     for bucket, rows in sorted(encoded.rows.items()):

@@ -85,13 +85,11 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], tensors: Sequence[
     """Write one parquet file: zstd, page checksums, small row groups; whole or not at all.
 
     Args:
-        path: the target; leftovers of an earlier attempt at it are removed.
+        path: the target.
         rows: values of every column of ``arrow_schema(tensors)``.
         tensors: the tensors among them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
     size = sum(len(row[tensor_columns(name)[0]]) for row in rows for name in tensors)
     per_group = max(1, ROW_GROUP_BYTES * len(rows) // max(size, 1))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
