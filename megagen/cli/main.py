@@ -51,7 +51,9 @@ COMMANDS: dict[str, Command] = {
         "megagen.cli.convert:convert", "Convert between diffusers directories and checkpoints."
     ),
     "demo": Command(
-        "megagen.cli.demo:demo", "Run the whole path on handwritten digits and write a report."
+        "megagen.cli.demo:demo",
+        "Run the whole path on handwritten digits and write a report.",
+        takes_overrides=True,
     ),
     "doctor": Command(
         "megagen.cli.doctor:doctor", "Say what is installed, what is missing and what to do."

@@ -65,11 +65,10 @@ def sample(
     from megagen.parallel.dims import ParallelDims
     from megagen.sampling import source as sources
 
-    origin = (
-        sources.from_run(run, step, data)
-        if run is not None
-        else sources.from_directory(model, data)
-    )
+    if run is not None:
+        origin = sources.from_run(run, step, data)
+    else:
+        origin = sources.from_directory(str(model), data)
     dims = ParallelDims(tp_size=tp_size, cp_size=cp_size, pp_size=pp_size)
     for plugin in origin.plugins:
         plugin.check(dims, "megagen sample")

@@ -28,7 +28,7 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 """Name to step in pixels a frame, (rows, columns)."""
 
-NUM_FRAMES, FRAME_SIZE, DIGIT_SIZE = 8, 24, 16
+NUM_FRAMES, FRAME_SIZE, DIGIT_SIZE = 8, 16, 9
 VIDEO_SCALE = 4  # mp4 files are this much larger than the model's frames: H.264 keeps them crisp
 VIDEO_FPS = 8
 NUM_HELD_OUT = 360

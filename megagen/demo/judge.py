@@ -117,8 +117,8 @@ class Judge:
         return torch.stack(spreads).mean().item()
 
 
-def train_judge(streams: Streams, *, num_epochs: int = 24, num_reference: int = 1440) -> Judge:
-    """Train the classifier (seconds on one core) and give it held-out clips to compare with."""
+def train_judge(streams: Streams, *, reference: Clips, num_epochs: int = 24) -> Judge:
+    """Train the classifier (seconds on one core); ``reference`` are held-out real clips."""
     net = DigitNet()
     _initialise(net, streams)
     images, _ = digits.load_images("train")
@@ -138,7 +138,7 @@ def train_judge(streams: Streams, *, num_epochs: int = 24, num_reference: int = 
             loss.backward()
             optimizer.step()
             schedule.step()
-    return Judge(net, digits.make_clips("held_out", num_reference, streams))
+    return Judge(net, reference)
 
 
 def _initialise(net: nn.Module, streams: Streams) -> None:

@@ -47,14 +47,14 @@ class SamplingOptions(StrictOptions):
     num_frames: int = Field(ge=1)
     height: int = Field(ge=1)
     width: int = Field(ge=1)
-    num_steps: int = Field(50, ge=1)
-    guidance_scale: float = Field(5.0, ge=0)
-    guidance_scale_2: float | None = Field(None, ge=0)
-    shift: float | None = Field(None, gt=0)
+    num_steps: int = Field(default=50, ge=1)
+    guidance_scale: float = Field(default=5.0, ge=0)
+    guidance_scale_2: float | None = Field(default=None, ge=0)
+    shift: float | None = Field(default=None, gt=0)
     sampler: SamplerName = "unipc"
     negative_prompt: str | None = None
     seed: int = 0
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(default=1, ge=1)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from megagen.checkpoint import commit
-from megagen.checkpoint.diffusers import DiffusersStore
+from megagen.checkpoint.diffusers import DiffusersStore, check_weights
+from megagen.checkpoint.weights import CheckpointStore, Kind
 from megagen.config.load import load_run_config
 from megagen.config.schema import RunConfig
 from megagen.core.errors import CheckpointError, ConfigError
@@ -32,7 +33,7 @@ from megagen.data.manifest import read_manifest
 from megagen.data.text import build_text_encoder
 from megagen.engine.role import Role, RoleSettings
 from megagen.models import MODELS
-from megagen.models.base import ModelPlugin
+from megagen.models.base import ModelPlugin, WeightStore
 from megagen.models.hub import read_json
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.mesh import Mesh
@@ -171,11 +172,13 @@ def build_pipeline(source: Source, dims: ParallelDims, precision: str = "fp32") 
     roles = []
     for number, plugin in enumerate(source.plugins):
         settings = RoleSettings("student", dims, trainable=False, precision=precision)  # type: ignore[arg-type]
+        store: WeightStore
         if source.checkpoint is None:
             store = DiffusersStore(source.directories[number])
-            roles.append(Role.build(plugin, settings, data_layout=mesh, store=store))
         else:
-            roles.append(_from_checkpoint(plugin, settings, mesh, source.checkpoint))
+            store = _checkpoint_store(source.checkpoint, plugin)
+        check_weights(plugin, store)
+        roles.append(Role.build(plugin, settings, data_layout=mesh, store=store))
     spec = source.spec
     return VideoPipeline(
         roles,
@@ -251,49 +254,9 @@ def _no_spec(path: Path) -> ConfigError:
     )
 
 
-def _from_checkpoint(
-    plugin: ModelPlugin, settings: RoleSettings, mesh: Mesh, checkpoint: Path
-) -> Role:
-    """The student of a checkpoint, its moving average where there is one; no optimizer is made."""
-    from megatron.core import dist_checkpointing
-
-    from megagen.engine import build
-
-    config = build.make_config(plugin, settings)
-    chunks = build.make_chunks(plugin, settings, config, mesh)
-    role = Role(plugin, settings, mesh, chunks, config, mesh)
-    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint / "state"))
-    prefix = f"{settings.name}."
-    state = role.sharded_state(is_loading=True)
-    state["model"] = {
-        number: {name: _averaged(tensor, prefix, stored) for name, tensor in chunk.items()}
-        for number, chunk in state["model"].items()
-    }
-    _check_stored(state["model"], stored, checkpoint)
-    role.load_state(dist_checkpointing.load(state, str(checkpoint / "state")))
-    return role
-
-
-def _averaged(tensor: Any, prefix: str, stored: Mapping[str, Any]) -> Any:
-    """The sharded tensor of a weight's moving average, where the checkpoint has one."""
-    key = f"{prefix}ema.{getattr(tensor, 'key', '').removeprefix(prefix)}"
-    if key not in stored:
-        return tensor
-    data = torch.empty_like(tensor.data, dtype=torch.float32)
-    return dataclasses.replace(tensor, key=key, data=data, dtype=torch.float32)
-
-
-def _check_stored(model: Mapping[str, Any], stored: Mapping[str, Any], checkpoint: Path) -> None:
-    for chunk in model.values():
-        for tensor in chunk.values():
-            key, shape = getattr(tensor, "key", None), getattr(tensor, "global_shape", None)
-            if key is None or shape is None:
-                continue
-            found = stored.get(key)
-            if found is None or tuple(found.global_shape) != tuple(shape):
-                what = "is missing" if found is None else f"is {tuple(found.global_shape)}"
-                raise CheckpointError(
-                    f"the tensor {key!r} {what}; the network needs {tuple(shape)}.",
-                    remedy="Sample with the architecture that the run was trained with.",
-                    where=str(checkpoint),
-                )
+def _checkpoint_store(checkpoint: Path, plugin: ModelPlugin) -> CheckpointStore:
+    """The student's moving average where the checkpoint has one, else its weights."""
+    reader = FileSystemReader(str(checkpoint / "state"))
+    stored = reader.read_metadata().state_dict_metadata
+    kind: Kind = "ema" if any(key.startswith("student.ema.") for key in stored) else "weights"
+    return CheckpointStore(checkpoint, plugin, "student", kind)

@@ -16,7 +16,8 @@ from megagen.demo.judge import Judge, frechet_distance, motion, train_judge
 
 @pytest.fixture(scope="module")
 def judge() -> Judge:
-    return train_judge(Streams(0), num_epochs=16, num_reference=720)
+    reference = digits.make_clips("held_out", 720, Streams(0))
+    return train_judge(Streams(0), reference=reference, num_epochs=16)
 
 
 @pytest.fixture(scope="module")

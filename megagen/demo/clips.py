@@ -1,0 +1,129 @@
+"""Sets of clips of the demo: through preprocess, out of a dataset, out of a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megagen.core.options import parse_options
+from megagen.core.streams import Streams
+from megagen.demo import digits
+from megagen.demo.digits import DIRECTIONS, WORDS, Clips
+
+if TYPE_CHECKING:
+    from megagen.sampling.pipeline import VideoPipeline
+
+
+def count_videos(folder: Path) -> int:
+    """Clips of a folder that ``digits.write_clips`` finished; 0 where it did not."""
+    return len(list(folder.glob("*.mp4"))) if (folder / "captions.csv").is_file() else 0
+
+
+def preprocess_videos(
+    videos: Path, data: Path, codec: Mapping[str, Any], text_encoder: Mapping[str, Any]
+) -> None:
+    """A folder of clips to a dataset; what an earlier run finished is kept."""
+    from megagen.data.manifest import read_manifest
+    from megagen.data.preprocess import preprocess, preprocess_options
+
+    options = preprocess_options(
+        {
+            "input_dir": str(videos),
+            "output_dir": str(data),
+            "codec": dict(codec),
+            "text_encoder": dict(text_encoder),
+            "num_frames": digits.NUM_FRAMES,
+            "height": digits.FRAME_SIZE,
+            "width": digits.FRAME_SIZE,
+            "samples_per_file": 512,
+        }
+    )
+    manifest = preprocess(options)
+    assert manifest is not None and read_manifest(data) is not None
+
+
+def parse_caption(text: str) -> tuple[int, int]:
+    """Digit and direction of a caption: ``parse_caption("a three moving left")`` is (3, 0)."""
+    match = re.fullmatch(r"a (\w+) moving (\w+)", text)
+    assert match is not None, f"not a caption of the demo: {text!r}"
+    return WORDS.index(match[1]), tuple(DIRECTIONS).index(match[2])
+
+
+def from_dataset(data: Path, limit: int | None = None) -> Clips:
+    """The clips of a dataset as a model sees them: decoded latents, in random order."""
+    from megagen.data.codecs import build_codec
+    from megagen.data.loader import Loader
+    from megagen.data.manifest import read_manifest
+    from megagen.data.options import DataOptions
+
+    manifest = read_manifest(data)
+    assert manifest is not None
+    count = min(limit or manifest.num_samples, manifest.num_samples)
+    keys = {"data_path": str(data), "micro_batch_size": count, "global_batch_size": count}
+    options = parse_options(DataOptions, keys, "data")
+    loader = Loader(options, data_rank=0, data_size=1, streams=Streams(0))
+    (batch,) = loader.step_batches(0)
+    loader.close()
+    video_BCTHW = build_codec(manifest.codec).decode(batch.latents_BCTHW)
+    shown = torch.tensor([parse_caption(caption) for caption in batch.captions])
+    return Clips(video_BCTHW.mean(1).add(1).div(2), shown[:, 0], shown[:, 1])
+
+
+def asked(count: int) -> Clips:
+    """Captions to sample, without frames: digits in turn, the direction changes every ten."""
+    number = torch.arange(count)
+    directions = number // len(WORDS) % len(DIRECTIONS)
+    return Clips(torch.empty(0), number % len(WORDS), directions)
+
+
+def sample(
+    pipeline: VideoPipeline, wanted: Clips, seed: int, num_steps: int, guidance_scale: float
+) -> Clips:
+    """Clips from a model for the captions of ``wanted``."""
+    from megagen.sampling.pipeline import SamplingOptions
+
+    options = SamplingOptions(
+        num_frames=digits.NUM_FRAMES,
+        height=digits.FRAME_SIZE,
+        width=digits.FRAME_SIZE,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        batch_size=64,
+    )
+    videos: dict[int, Tensor] = dict(pipeline.generate(wanted.captions, options))
+    frames = torch.stack([videos[n].float().mean(-1) / 255 for n in range(len(wanted))])
+    return replace(wanted, frames_NTHW=frames)
+
+
+def write_samples(clips: Clips, folder: Path, count: int) -> None:
+    """The first clips as mp4 files named after their captions."""
+    chosen = first(clips, count)
+    names = [f"{n:03d}-{text.replace(' ', '-')}" for n, text in enumerate(chosen.captions)]
+    digits.write_clips(chosen, folder, names)
+
+
+def first(clips: Clips, count: int) -> Clips:
+    """The first so many clips."""
+    return Clips(clips.frames_NTHW[:count], clips.digits_N[:count], clips.directions_N[:count])
+
+
+def in_order_of(clips: Clips, wanted: Clips, count: int) -> Clips:
+    """Clips that show the same as the first of ``wanted``, each used once where possible."""
+    pools: dict[tuple[int, int], list[int]] = {}
+    for n, key in enumerate(zip(clips.digits_N.tolist(), clips.directions_N.tolist(), strict=True)):
+        pools.setdefault(key, []).append(n)
+    keys = list(zip(wanted.digits_N.tolist(), wanted.directions_N.tolist(), strict=True))[:count]
+    uses = dict.fromkeys(keys, 0)
+    chosen = []
+    for key in keys:
+        chosen.append(pools[key][uses[key] % len(pools[key])])
+        uses[key] += 1
+    index = torch.tensor(chosen)
+    return Clips(clips.frames_NTHW[index], clips.digits_N[index], clips.directions_N[index])
