@@ -14,8 +14,8 @@ class Batch:
 
     Args:
         latents_BCTHW: raw codec output (not normalised), fp32, CPU or device.
-        condition: named tensors of the condition, first axis B: ``text_embeds_BLD`` fp32 zero-padded
-            to the dataset's text length; families add others.
+        condition: named tensors of the condition, first axis B: ``text_embeds_BLD`` fp32, padded
+            with zeros to the dataset's text length; families add others.
         positions: global position of each sample in the run's sample order (``step * global batch +
             i``): the sample key of the seeded streams.
         ids: the samples' ids in the dataset.

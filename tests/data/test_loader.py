@@ -274,8 +274,9 @@ def test_bad_rows_are_named_or_replaced(tmp_path: Path, seeded: torch.Generator)
     rows[5]["vae_latent_bytes"] = bad.numpy().tobytes()
     rows[6]["text_embedding_bytes"] = rows[6]["text_embedding_bytes"][:-4]
     write_foreign(tmp_path / "data/a.parquet", rows)
-    with pytest.raises(DataError, match=r"a\.parquet: row [56]: "):
-        flat(make(tmp_path / "data"), range(8))
+    for workers in (0, 2):
+        with pytest.raises(DataError, match=r"a\.parquet: row [56]: "):
+            flat(make(tmp_path / "data", num_workers=workers), range(8))
     loader = make(tmp_path / "data", on_bad_sample="replace")
     ids = [x[1] for x in flat(loader, range(8))]
     # rows 5 and 6 give way to row 7, the next of their bucket

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from megagen.cli.main import main
 from megagen.core.errors import ConfigError, DataError
+from megagen.data import preprocess as preprocessing
 from megagen.data.buckets import fit_to_bucket, parse_bucket
 from megagen.data.codecs import build_codec, to_unit
 from megagen.data.preprocess import preprocess, preprocess_options
@@ -215,3 +216,32 @@ def test_an_error_on_a_rank_reaches_the_user(
         main(["preprocess", *flags, *sizes, *data])
     assert failed.value.code == 2
     assert "height 25 is no multiple of the codec's 2 pixels" in capsys.readouterr().err
+
+
+def test_a_killed_rank_stops_the_others_and_the_next_run_goes_on(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def die_in_rank_1(work: Any, index: int, *rest: Any) -> dict[str, Any]:
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return do_part(work, index, *rest)
+
+    do_part = preprocessing._do_part
+    config = tmp_path / "p.json"  # JSON is YAML
+    config.write_text(json.dumps(options(folder, tmp_path / "data")))
+    command = ["preprocess", "--config", str(config), "--nproc", "2"]
+    monkeypatch.setattr(preprocessing, "_do_part", die_in_rank_1)
+    with pytest.raises(SystemExit) as failed:
+        main(command)
+    assert failed.value.code == 2
+    assert "rank 1 ended with signal 9" in capsys.readouterr().err
+    assert not (tmp_path / "data" / "dataset.json").exists()
+    monkeypatch.undo()
+    with pytest.raises(SystemExit) as done:
+        main(command)
+    assert done.value.code == 0
+    run(folder, tmp_path / "whole")
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
