@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import faulthandler
+import importlib
 import multiprocessing
 import multiprocessing.process
 import multiprocessing.util
@@ -121,6 +122,7 @@ def _fork(
     num_ranks: int, body: Callable[..., int], folder: Path, threads: int, *args: Any
 ) -> list[multiprocessing.process.BaseProcess]:
     context = multiprocessing.get_context("fork")
+    _preload()
     sys.stdout.flush()
     sys.stderr.flush()
     ranks: list[multiprocessing.process.BaseProcess] = []
@@ -129,6 +131,13 @@ def _fork(
         ranks.append(context.Process(target=_rank_main, args=target))
         ranks[-1].start()
     return ranks
+
+
+def _preload() -> None:
+    """Import once what every rank would import; not where importing could touch CUDA."""
+    if torch.version.cuda is None:
+        for module in ("optimizer", "distributed", "dist_checkpointing", "pipeline_parallel"):
+            importlib.import_module(f"megatron.core.{module}")
 
 
 def _rank_main(
