@@ -43,7 +43,9 @@ def reference_model(arch: Mapping[str, Any], generator: torch.Generator) -> WanT
     model = WanTransformer3DModel(**arch)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            scale = 0.5 if parameter.ndim == 1 or "table" in name else 0.7 / parameter[0].numel() ** 0.5
+            scale = (
+                0.5 if parameter.ndim == 1 or "table" in name else 0.7 / parameter[0].numel() ** 0.5
+            )
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
             if "norm" in name and name.endswith("weight"):
                 parameter.add_(1.0)
@@ -168,9 +170,7 @@ def _grid(request: Request, plugin: WanModel) -> tuple[int, ...]:
     return tuple(n // p for n, p in zip(sizes, plugin.arch.patch_size, strict=True))
 
 
-def _whole_gradients(
-    plugin: WanModel, chunk: MegatronModule, mesh: Mesh
-) -> dict[str, Tensor]:
+def _whole_gradients(plugin: WanModel, chunk: MegatronModule, mesh: Mesh) -> dict[str, Tensor]:
     """What DDP and ``finalize_model_grads`` make of the gradients, then made whole over TP."""
     whole = {}
     for name, source in plugin.weights(chunk).items():
