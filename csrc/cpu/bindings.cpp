@@ -154,9 +154,11 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("norm_rope_backward", [](const NormRopeSizes& sizes, Address x, Address weight, Address cos, Address sin,
                                  Address sum_squares, Address rstd, Address dy, Address dx, Address dsum_squares,
-                                 Address partial, Address dweight, int threads) {
+                                 Address partial, Address dweight, const std::array<Index, 3>& dy_strides,
+                                 int threads) {
     NormRope op = norm_rope(sizes, 0, x, weight, cos, sin, sum_squares);
     op.rstd = at<float>(rstd), op.dy = at<const float>(dy), op.dx = at<float>(dx);
+    op.dy_token_stride = dy_strides[0], op.dy_batch_stride = dy_strides[1], op.dy_head_stride = dy_strides[2];
     op.dsum_squares = at<float>(dsum_squares), op.partial = at<float>(partial), op.dweight = at<float>(dweight);
     py::gil_scoped_release release;
     MEGAGEN_CALL(norm_rope_backward, op, usable(threads));

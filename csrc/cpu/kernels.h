@@ -56,7 +56,8 @@ struct NormRope {
   const float *x, *weight, *cos, *sin;            // weight [N, K]; cos, sin [S, K / 2] or null
   const float* sum_squares;                       // [S, B] over all features, or null: computed here
   float *y, *rstd;                                // forward; y [S, B, N, K], rstd [S, B]
-  const float* dy;                                // backward
+  const float* dy;                                // backward; attention hands it over in any layout
+  Index dy_token_stride, dy_batch_stride, dy_head_stride;
   float *dx, *dsum_squares, *partial, *dweight;   // partial [segments of kSegment tokens, N, K]
 };
 

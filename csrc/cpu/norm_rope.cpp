@@ -81,7 +81,7 @@ void norm_rope_backward(const NormRope& op, int threads) {
       float dot = 0;
       for (Index n = 0; n < op.heads; ++n) {
         const float *x = head(op, token, b, n), *weight = op.weight + n * head_dim;
-        const float* dn = op.dy + (line * op.heads + n) * head_dim;
+        const float* dn = op.dy + token * op.dy_token_stride + b * op.dy_batch_stride + n * op.dy_head_stride;
         if (op.cos) {
           rotate(dn, op.cos + token * half, op.sin + token * half, -1.0f, half, turned);
           dn = turned;

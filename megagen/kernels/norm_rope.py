@@ -149,7 +149,8 @@ def _norm_rope_backward(
     rstd: Tensor,
     num_features: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dy, x, weight = dy.contiguous(), _with_heads_contiguous(x), weight.contiguous()
+    dy, x = _with_heads_contiguous(dy), _with_heads_contiguous(x)
+    weight = weight.contiguous()
     cos, sin, squares = (None if t is None else t.contiguous() for t in (cos, sin, squares))
     dx, dweight = x.new_empty(x.shape), x.new_empty(weight.shape)
     dsquares = x.new_empty((0,) if squares is None else squares.shape)
@@ -157,6 +158,7 @@ def _norm_rope_backward(
     cpu().norm_rope_backward(
         _sizes(x, num_features),
         *map(address, (x, weight, cos, sin, squares, rstd, dy, dx, dsquares, partial, dweight)),
+        dy.stride()[:3],
         num_threads(x.numel()),
     )
     return dx, dweight, dsquares

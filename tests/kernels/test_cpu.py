@@ -128,7 +128,24 @@ def test_takes_any_strides(name: str, seeded: torch.Generator) -> None:
 
     plain = {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in made.items()}
     odd = {k: scattered(v) for k, v in made.items()}
-    assert torch.equal(spec.function(**plain), spec.function(**odd))
+    grad = grad_like(name, made, seeded)
+    expected = run(spec.function, spec, plain, torch.float32, grad)
+    found = run(spec.function, spec, odd, torch.float32, scattered(grad))
+    for what in expected:
+        assert torch.equal(expected[what], found[what]), what
+
+
+def test_gradient_in_the_layout_of_attention(seeded: torch.Generator) -> None:
+    """Heads before tokens, as ``scaled_dot_product_attention`` hands gradients over."""
+    spec = ALL["rmsnorm_rope"]
+    made = spec.make(spec.cases[0], seeded, torch.float32)
+    grad = grad_like("rmsnorm_rope", made, seeded)
+    permuted = grad.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+    assert not permuted.is_contiguous()
+    expected = run(spec.function, spec, made, torch.float32, grad)
+    found = run(spec.function, spec, made, torch.float32, permuted)
+    for what in expected:
+        assert torch.equal(expected[what], found[what]), what
 
 
 def test_layernorm_affine(seeded: torch.Generator) -> None:
