@@ -34,6 +34,17 @@ def test_space_to_depth_is_exact(seeded: torch.Generator, patch: int, temporal: 
     assert build_codec(json.loads(json.dumps(codec.spec()))).spec() == codec.spec()
 
 
+def test_grey_space_to_depth_keeps_the_mean_of_the_colours(seeded: torch.Generator) -> None:
+    codec = build_codec({"name": "space_to_depth", "patch": 2, "temporal": 2, "channels": 1})
+    grey = (torch.rand(2, 1, 4, 8, 12, generator=seeded) * 2 - 1).expand(-1, 3, -1, -1, -1)
+    latents = codec.encode(grey)
+    assert tuple(latents.shape[1:]) == codec.latent_shape(4, 8, 12) == (8, 2, 4, 6)
+    torch.testing.assert_close(codec.decode(latents), grey, rtol=0, atol=1e-6)
+    colour = torch.rand(1, 3, 2, 4, 4, generator=seeded)
+    decoded = codec.decode(codec.encode(colour))
+    torch.testing.assert_close(decoded[:, 1], colour.mean(1), rtol=0, atol=1e-6)
+
+
 def test_wrong_names_options_and_sizes_are_named() -> None:
     with pytest.raises(ConfigError, match="space_to_depth"):
         build_codec({"name": "space_to_dept"})
@@ -85,6 +96,36 @@ def test_wan_vae_is_the_real_class(wan_directory: Path, seeded: torch.Generator)
     assert torch.equal(codec.normalize(latents), (latents - mean) / std)
     again = build_codec(json.loads(json.dumps(codec.spec())))
     assert torch.equal(again.encode(video), latents)
+
+
+def test_wan_22_vae_is_the_real_class(tmp_path: Path, seeded: torch.Generator) -> None:
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    direct = AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=8,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.5] * 8,
+        latents_std=[2.0] * 8,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+    ).eval()
+    direct.save_pretrained(tmp_path / "vae")
+    codec = build_codec({"name": "wan_vae", "path": str(tmp_path)})
+    video = torch.rand(1, 3, 9, 32, 48, generator=seeded) * 2 - 1
+    latents = codec.encode(video)
+    with torch.no_grad():
+        assert torch.equal(latents, direct.encode(video).latent_dist.mode())
+        assert torch.equal(codec.decode(latents), direct.decode(latents).sample)
+    assert tuple(latents.shape[1:]) == codec.latent_shape(9, 32, 48) == (8, 3, 2, 3)
+    assert codec.decode(latents).shape == video.shape
 
 
 def test_wan_vae_wants_4n_plus_1_frames(wan_directory: Path) -> None:
