@@ -1,6 +1,7 @@
 """Weights between the chunks of a network and the diffusers layout.
 
-No rank ever holds more than its own shard and one tensor. Legend: tp and pp as in ``parallel/dims.py``.
+No rank ever holds more than its own shard and one tensor. Legend: tp and pp as in
+``parallel/dims.py``.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def save_weights(
 ) -> None:
     """Write the network as a diffusers directory. Collective over all ranks.
 
-    Parameters are gathered over TP one at a time and sent to rank 0, which writes them. The directory
-    appears whole (staged beside, then renamed); one that holds weights is replaced.
+    Parameters are gathered over TP one at a time and sent to rank 0, which writes them. The
+    directory appears whole (staged beside, then renamed); one that holds weights is replaced.
 
     Args:
         plugin: of the network.
@@ -144,7 +145,7 @@ def _move(
     mesh: Any,
     writer: DirectoryWriter | None,
 ) -> None:
-    """Gather a parameter on its stage's first TP rank, send its parts to rank 0, write them there."""
+    """Gather a parameter on its stage's first TP rank, send its parts to rank 0, write them."""
     pg = mesh.pg
     parts: Sequence[Tensor] = ()
     if pg.pp.rank() == entry.stage:

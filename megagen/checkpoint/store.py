@@ -29,7 +29,8 @@ class DiffusersStore:
         subfolder: that folder. Default ``transformer`` where there is one.
 
     Raises:
-        CheckpointError: no such directory, no weights in it, a file that the index names is missing.
+        CheckpointError: no such directory, no weights in it, a file that the index names is
+            missing.
     """
 
     def __init__(self, path: str | Path, subfolder: str | None = None) -> None:
@@ -125,7 +126,7 @@ def _opened(path: Path) -> Any:
 
 
 class InitialStore:
-    """Fresh weights: each diffusers tensor from a stream of its own, so the same under every layout.
+    """Fresh weights: each diffusers tensor from its own stream, so the same under every layout.
 
     Args:
         plugin: its tensors and their initial distributions.

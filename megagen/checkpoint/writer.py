@@ -115,7 +115,7 @@ class DirectoryWriter:
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in their order, cut into files of at most ``limit`` bytes (one tensor may exceed it)."""
+    """Names in order, cut into files of at most ``limit`` bytes (one tensor may exceed it)."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():

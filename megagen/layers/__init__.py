@@ -1,1 +1,1 @@
-"""Parts of a diffusion transformer on megatron-core: linears, attention, norms, RoPE, embeddings."""
+"""Parts of a diffusion transformer on megatron-core: linears, attention, norms, embeddings."""

@@ -1,8 +1,8 @@
 """Adaptive LayerNorm: shift, scale and gate of a block from the timestep (DiT, arXiv 2212.09748).
 
-Legend: S tokens on this rank, B batch, D hidden, n modulations. The timestep embedding has R rows: 1
-(one timestep a sample), T (one a latent frame) or S (one a token); ``rows_S`` says which token uses
-which row, so rows are never spread over tokens.
+Legend: S tokens on this rank, B batch, D hidden, n modulations. The timestep embedding has R rows:
+1 (one timestep a sample), T (one a latent frame) or S (one a token); ``rows_S`` says which token
+uses which row, so rows are never spread over tokens.
 """
 
 from __future__ import annotations

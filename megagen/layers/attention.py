@@ -7,7 +7,7 @@ suffix.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from megagen.layers.linear import column_linear, row_linear
 from megagen.layers.norm import HeadsRMSNorm, norm_heads
 from megagen.layers.tokens import TokenShard
 from megagen.parallel.context import context_attention
+from megagen.parallel.dims import CPCommType
 
 
 def core_attention(q_SBNK: Tensor, k_SBNK: Tensor, v_SBNK: Tensor, backend: str) -> Tensor:
@@ -39,7 +40,7 @@ def core_attention(q_SBNK: Tensor, k_SBNK: Tensor, v_SBNK: Tensor, backend: str)
     return attention_backend(backend)(q_SBNK, k_SBNK, v_SBNK)
 
 
-@lru_cache(maxsize=None)
+@cache
 def attention_backend(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The function behind a backend's name; raises ``SetupError`` where it is not to be had."""
     makers = {"sdpa": lambda: _sdpa, "flash": _make_flash, "te": _make_transformer_engine}
@@ -77,7 +78,7 @@ def _make_flash() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 def _make_transformer_engine() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     from transformer_engine.pytorch import DotProductAttention
 
-    @lru_cache(maxsize=None)
+    @cache
     def module(num_heads: int, head_dim: int, kind: str) -> Any:
         return DotProductAttention(
             num_heads, head_dim, qkv_format="sbhd", attn_mask_type="no_mask", attention_type=kind
@@ -109,7 +110,7 @@ class SelfAttention(nn.Module):
         self.norm_k = HeadsRMSNorm(config, pg.tp)
         self.linear_proj = row_linear(config, pg.tp, size, config.hidden_size, name="proj")
         self.head_dim, self.eps, self.pg = config.kv_channels, eps, pg
-        self.comm_type = config.cp_comm_type or "a2a"
+        self.comm_type: CPCommType = config.cp_comm_type or "a2a"
         self.attend = partial(core_attention, backend=backend)
         self.recompute = config.recompute_granularity == "selective"
 

@@ -34,13 +34,16 @@ def sharded_parameters(
     sharded: dict[str, Any] = {}
     for name, value in chunk.state_dict(keep_vars=True).items():
         key = prefix + name
-        if not isinstance(value, torch.Tensor) or name.endswith("_extra_state"):
-            if value is not None and value.numel() > 0:
+        if name.endswith("_extra_state"):  # Transformer Engine's fp8 scales; megatron-core's: None
+            if isinstance(value, torch.Tensor) and value.numel() > 0:
                 ranks = (0, pg.tp.rank(), dp_cp_group.rank())
                 sharded[key] = make_sharded_object_for_checkpoint(value, key, replica_id=ranks)
         elif getattr(value, "tensor_model_parallel", False):
             sharded[key] = make_tp_sharded_tensor_for_checkpoint(
-                value, key, value.partition_dim, **groups
+                value,
+                key,
+                value.partition_dim,
+                **groups,
             )
         else:
             stage = replica_stage if getattr(value, "pipeline_parallel", False) else 0

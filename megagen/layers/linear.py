@@ -1,17 +1,17 @@
 """Linear layers: column and row parallel from megatron-core or Transformer Engine, and replicated.
 
-Every one takes ``[S, B, in]`` and returns the output tensor alone (megatron-core's return a pair with
-a deferred bias). Parameters are left uninitialised: weights always come from a weight store.
+Every one takes ``[S, B, in]`` and returns the output tensor alone (megatron-core's return a pair
+with a deferred bias). Parameters are left uninitialised: weights always come from a weight store.
 
-The tensor-parallel group is bound at construction, since a run holds several networks with groups of
-their own and megatron-core's fallback is the global group.
+The tensor-parallel group is bound at construction, since a run holds several networks with groups
+of their own and megatron-core's fallback is the global group.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,15 +26,17 @@ from torch import Tensor, nn
 from megagen.core import process
 from megagen.core.errors import SetupError
 
+_TE_REMEDY = "Install transformer-engine[pytorch] on a machine with CUDA, or set it to 'local'."
+
 
 def mark_sequence_parallel(parameters: Iterable[nn.Parameter], enabled: bool) -> None:
-    """Have the gradients of parameters that act on token shards summed over TP after the backward."""
+    """Have gradients of parameters that act on token shards summed over TP after the backward."""
     for parameter in parameters:
         parameter.sequence_parallel = enabled  # type: ignore[attr-defined]
 
 
 def mark_tensor_parallel(parameter: nn.Parameter, dim: int) -> None:
-    """Declare that TP cuts ``parameter`` along ``dim`` (so the gradient norm counts each shard once)."""
+    """Declare that TP cuts ``parameter`` along ``dim`` (the gradient norm counts each shard)."""
     if not hasattr(parameter, "tensor_model_parallel"):
         set_tensor_model_parallel_attributes(parameter, True, dim, 1)
 
@@ -93,9 +95,10 @@ def column_linear(
         tp_group: process group.
         in_features: whole input size.
         out_features: whole output size, divisible by the group's size.
-        replicated_input: the input is whole on every TP rank even under sequence parallelism (text);
-            its gradient is summed over TP here.
-        name: ``qkv`` | ``proj`` | ``fc1`` | ``fc2``, for Transformer Engine's communication overlap.
+        replicated_input: the input is whole on every TP rank even under sequence parallelism
+            (text); its gradient is summed over TP here.
+        name: ``qkv`` | ``proj`` | ``fc1`` | ``fc2``, for Transformer Engine's communication
+            overlap.
     """
     if replicated_input and config.sequence_parallel:
         config = copy.copy(config)
@@ -123,7 +126,7 @@ def column_linear(
 def row_linear(
     config: Any, tp_group: Any, in_features: int, out_features: int, *, name: str = "proj"
 ) -> nn.Module:
-    """A linear whose inputs TP cuts: ``[S, B, in/tp]`` to ``[S or S/tp, B, out]``, summed over TP."""
+    """A linear whose inputs TP cuts: ``[S, B, in/tp]`` to ``[S or S/tp, B, out]``, summed."""
     if config.transformer_impl == "transformer_engine":
         return _transformer_engine("TERowParallelLinear")(
             in_features,
@@ -151,7 +154,7 @@ def row_linear(
     return linear
 
 
-@lru_cache(maxsize=None)
+@cache
 def _transformer_engine(name: str) -> Any:
     """Transformer Engine's class of that name, returning the output alone."""
     try:
@@ -159,13 +162,13 @@ def _transformer_engine(name: str) -> Any:
     except ImportError as error:
         raise SetupError(
             f"transformer_impl is 'transformer_engine', which cannot be imported ({error}).",
-            remedy="Install transformer-engine[pytorch] on a machine with CUDA, or set it to 'local'.",
+            remedy=_TE_REMEDY,
             where="models.<role>.transformer_impl",
         ) from None
     if not extension.HAVE_TE:
         raise SetupError(
             "transformer_impl is 'transformer_engine', which is not installed.",
-            remedy="Install transformer-engine[pytorch] on a machine with CUDA, or set it to 'local'.",
+            remedy=_TE_REMEDY,
             where="models.<role>.transformer_impl",
         )
     base = getattr(extension, name)

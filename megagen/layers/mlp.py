@@ -20,8 +20,8 @@ class MLP(nn.Module):
     """``fc2(gelu(fc1(x)))``; hidden units are cut over TP.
 
     Args:
-        config: TransformerConfig (``hidden_size``, ``ffn_hidden_size``); under selective recompute the
-            activation is freed in the forward pass and made again in the backward.
+        config: TransformerConfig (``hidden_size``, ``ffn_hidden_size``); under selective recompute
+            the activation is freed in the forward pass and made again in the backward.
         tp_group: process group.
     """
 

@@ -62,10 +62,12 @@ def norm_heads(
 ) -> list[Tensor]:
     """RMSNorm over the heads of all TP ranks, then the rotation where one is given.
 
-    Heads are never gathered: the ranks exchange one sum of squares a token, for all of ``xs`` at once.
+    Heads are never gathered: the ranks exchange one sum of squares a token, for all of ``xs`` at
+    once.
 
     Args:
-        xs_SBNK: own heads' queries and keys, or one of them; views into a fused projection are fine.
+        xs_SBNK: own heads' queries and keys, or one of them; views into a fused projection are
+            fine.
         weights: ``[N K]`` for each.
         eps: added to the mean square.
         tp_group: ranks that hold the other heads.

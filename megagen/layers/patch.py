@@ -1,4 +1,7 @@
-"""Latents to tokens and back. Legend: B batch, C channels, T H W latent sizes, S tokens, p patch sizes."""
+"""Latents to tokens and back.
+
+Legend: B batch, C channels, T H W latent sizes, S tokens, p patch sizes.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Rotary position embedding over three axes (RoFormer, arXiv 2104.09864), by absolute position.
 
-The head dimension K is cut into (frame, row, column) parts; a pair of neighbours (2i, 2i+1) is turned
-by ``position * theta^(-2i/part)``. Tables are made in fp64 and rounded once to fp32.
+The head dimension K is cut into (frame, row, column) parts; a pair of neighbours (2i, 2i+1) is
+turned by ``position * theta^(-2i/part)``. Tables are made in fp64 and rounded once to fp32.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which tokens a rank holds.
 
-The S tokens of a sample are padded at the end to a multiple of cp x (tp under sequence parallelism) and
-cut contiguously: first over CP, then over TP. Tokens count from 0 in (frame, row, column) order.
+The S tokens of a sample are padded at the end to a multiple of cp x (tp under sequence
+parallelism) and cut contiguously: first over CP, then over TP. Tokens count from 0 in (frame, row,
+column) order.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ class TokenShard:
         num_tokens: tokens before padding.
         cp_size: context parallel ranks.
         cp_rank: own rank among them.
-        sp_size: TP ranks that share the tokens outside attention and MLP; 1 without sequence parallel.
+        sp_size: TP ranks that share the tokens outside attention and MLP; 1 without sequence
+            parallel.
         sp_rank: own rank among them.
     """
 

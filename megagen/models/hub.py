@@ -51,7 +51,7 @@ def component_directory(
     *,
     where: str = "",
 ) -> Path:
-    """The directory of one part (``transformer``) of a pipeline, or ``source`` where it is the part.
+    """The directory of one part (``transformer``) of a pipeline; ``source`` where it is that.
 
     Args:
         source: a pipeline's or a part's directory, or a hub id.

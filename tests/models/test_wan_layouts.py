@@ -1,4 +1,4 @@
-"""Forward pass and every gradient under parallel layouts equal one rank's; recompute changes no bit."""
+"""Forward and every gradient under layouts equal one rank's; recompute changes no bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shapes of the Wan family: the keys of diffusers' ``config.json``, the published presets, the tensors.
+"""Shapes of the Wan family: the keys of diffusers' ``config.json`` and the published presets.
 
 Legend: D hidden = heads x head dim, F feed-forward, p patch volume.
 """
@@ -31,9 +31,11 @@ class WanArchitecture(StrictOptions):
         qk_norm: ``rms_norm_across_heads``, the only one there is.
         eps: of the norms.
         image_dim: image encoder features; None: no image embedder.
-        added_kv_proj_dim: D where blocks have keys and values for image tokens; None: they have not.
+        added_kv_proj_dim: D where blocks have keys and values for image tokens; None: they have
+            not.
         rope_max_seq_len: largest size of an axis in diffusers' rotary tables.
-        pos_embed_seq_len: image tokens of first and last frame together; None: no position embedding.
+        pos_embed_seq_len: image tokens of first and last frame together; None: no position
+            embedding.
         latents_mean: per latent channel; null: 0. Left out: from the VAE's config, or the known
             constants of the Wan 2.1 (16 channels) and 2.2 (48) VAEs.
         latents_std: per latent channel; null: 1. Left out: likewise.

@@ -26,8 +26,8 @@ def check_layout(arch: WanArchitecture, dims: ParallelDims, where: str) -> None:
     if (heads // tp) % a2a:
         key = "cp_a2a_size" if dims.cp_comm_type == "a2a+p2p" else "cp_size"
         raise ConfigError(
-            f"is {a2a}, but the {heads} heads over tp_size {tp} leave {heads // tp} a rank, which do "
-            f"not divide by it.",
+            f"is {a2a}, but the {heads} heads over tp_size {tp} leave {heads // tp} a rank, "
+            "which do not divide by it.",
             remedy=f"Allowed with cp_comm_type {dims.cp_comm_type!r}: {_divisors(heads // tp)}; or "
             "set cp_comm_type to p2p or all_gather, or to a2a+p2p with such a cp_a2a_size.",
             where=f"{where}.{key}",
@@ -82,8 +82,8 @@ def megatron_config(
 ) -> Any:
     """megatron-core's ``TransformerConfig`` for the network under a layout.
 
-    Interleaved stages always use overlapped, unbatched point-to-point calls: megatron-core's default
-    pair of flags gives wrong gradients with two stages.
+    Interleaved stages always use overlapped, unbatched point-to-point calls: megatron-core's
+    default pair of flags gives wrong gradients with two stages.
     """
     from megatron.core.transformer.transformer_config import TransformerConfig
 

@@ -69,7 +69,8 @@ def resolve_options(options: WanOptions, where: str) -> Resolved:
     """Read the directory's small files and settle every value.
 
     Raises:
-        ConfigError: unknown preset or key, neither architecture nor weights, no boundary for an expert.
+        ConfigError: unknown preset or key, neither architecture nor weights, no boundary for an
+            expert.
         CheckpointError: the directory or its ``config.json`` cannot be used.
     """
     if options.architecture is None and options.init_from is None:
@@ -121,7 +122,7 @@ def _named_preset(architecture: Mapping[str, Any] | str | None, where: str) -> P
 def _keys(
     options: WanOptions, preset: Preset, directory: Path | None, where: str
 ) -> tuple[dict[str, Any], str]:
-    """The architecture's keys and where they come from; a directory's ``config.json`` must agree."""
+    """The architecture's keys and their origin; a directory's ``config.json`` must agree."""
     if isinstance(options.architecture, Mapping):
         keys, source = dict(options.architecture), f"{where}.architecture"
     else:

@@ -1,7 +1,7 @@
 """``WanModel``: builds Wan transformers and speaks their conventions.
 
-Wan predicts the velocity ``eps - x0`` and takes timesteps in 0..1000, as megagen does; what is its own
-are the condition channels of I2V, the first-frame tokens of TI2V-5B and the latents' constants.
+Wan predicts the velocity ``eps - x0`` and takes timesteps in 0..1000, as megagen does; what is its
+own are the condition channels of I2V, the first-frame tokens of TI2V-5B and the latents' constants.
 
 Legend: B batch, C channels, T H W latent sizes, S tokens, D hidden, F feed-forward, L text tokens.
 """
@@ -56,7 +56,7 @@ class WanModel(ModelPlugin):
 
     # -- shape ---------------------------------------------------------------------------------
     def check(self, dims: ParallelDims, where: str) -> None:
-        """Heads and FFN by ``tp_size`` (and heads by the all-to-all part of CP), layers by stages."""
+        """Heads and FFN by ``tp_size``, heads also by the all-to-all of CP; layers by stages."""
         check_layout(self.arch, dims, where)
 
     def transformer_config(
@@ -153,7 +153,7 @@ class WanModel(ModelPlugin):
         return {"_class_name": "WanTransformer3DModel", **self.arch.diffusers_config()}
 
     def initial_tensor(self, name: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """diffusers' own rules: torch's defaults for linears, ones and zeros, ``randn / sqrt(D)``."""
+        """diffusers' rules: torch's defaults for linears, ones and zeros, ``randn / sqrt(D)``."""
         if name.endswith("scale_shift_table"):
             return torch.randn(tuple(shape), generator=generator) / shape[-1] ** 0.5
         if name.endswith("pos_embed"):
@@ -170,8 +170,8 @@ class WanModel(ModelPlugin):
         """Condition channels behind the latents (I2V); a given first frame in their place (TI2V).
 
         Conditions read, normalised as the latents are:
-            condition_latents_BCTHW: the condition channels, mask first; without the mask's 4 channels
-                the mask says that the first latent frame is given.
+            condition_latents_BCTHW: the condition channels, mask first; without the mask's 4
+                channels the mask says that the first latent frame is given.
             first_frame_latents_BCTHW: a clean first frame, ``[B, C, 1, H, W]`` (or more frames, of
                 which the first counts).
         """

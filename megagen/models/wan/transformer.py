@@ -1,11 +1,12 @@
 """The Wan diffusion transformer (arXiv 2503.20314) as a pipeline chunk on megatron-core.
 
-A block: modulated norm, self-attention, gated residual; affine norm, cross-attention to text (and image
-tokens), residual; modulated norm, feed-forward, gated residual. Modulation, norms, gated residuals
-and the time embedding compute in fp32, the rest in the parameters' dtype, as the published code does.
+A block: modulated norm, self-attention, gated residual; affine norm, cross-attention to text (and
+image tokens), residual; modulated norm, feed-forward, gated residual. Modulation, norms, gated
+residuals and the time embedding compute in fp32, the rest in the parameters' dtype, as the
+published code does.
 
-Legend: B batch, C channels, T H W latent sizes, S tokens, D hidden, L text or image tokens, R timestep
-rows, K head dim.
+Legend: B batch, C channels, T H W latent sizes, S tokens, D hidden, L text or image tokens, R
+timestep rows, K head dim.
 """
 
 from __future__ import annotations
@@ -151,9 +152,10 @@ class WanTransformer(MegatronModule):
             mark_sequence_parallel(self.patch_embedding.parameters(), config.sequence_parallel)
         self.condition_embedder = ConditionEmbedder(arch, dtype)
         for parameter in self.condition_embedder.parameters():
-            parameter.pipeline_parallel = True  # gradients are summed over stages
+            # gradients are summed over stages; the first stage's copy counts in the norm
+            parameter.pipeline_parallel = True  # type: ignore[attr-defined]
             if not pre_process:
-                parameter.shared = True  # the first stage's copy counts in the norm
+                parameter.shared = True  # type: ignore[attr-defined]
         self.blocks = nn.ModuleDict(
             {str(i): WanBlock(config, arch, pg, backend=attention_backend) for i in layers}
         )
@@ -170,7 +172,7 @@ class WanTransformer(MegatronModule):
         self.input_tensor = tensor[0] if isinstance(tensor, (list, tuple)) else tensor
 
     def forward(self, request: Request) -> Tensor:
-        """Hidden states ``[S_local, B, D]``, on the last chunk the whole prediction ``[B, C, T, H, W]``."""
+        """Hidden states ``[S_local, B, D]``, or on the last chunk ``[B, C, T, H, W]``."""
         latents = request.latents_BCTHW
         grid = token_grid(latents.shape, self.arch.patch_size)
         shard = self.shard(grid)
@@ -228,7 +230,7 @@ class WanTransformer(MegatronModule):
         return embedding, modulation, torch.arange(len(shard.own), device=timestep.device)
 
     def _run(self, block: Any, *tensors: Tensor | None) -> Tensor:
-        """One block, recomputed in the backward where asked; all it differentiates is an argument."""
+        """One block, recomputed in the backward where asked; what it differentiates is passed."""
         fp8 = bool(self.config.fp8)
         if self.config.recompute_granularity != "full" or not torch.is_grad_enabled():
             with _fp8_context(self.config) if fp8 else contextlib.nullcontext():
