@@ -18,6 +18,7 @@ from tests.models.wan_cases import (
     megagen_run,
     reference_model,
     relative,
+    together,
     worst,
 )
 
@@ -68,10 +69,11 @@ def test_layout_equals_one_rank(
         if prediction is not None:
             assert relative(prediction, expected) <= 1e-5
         for name in own.keys() & found.keys():
-            assert relative(own[name], found[name]) <= 1e-5, name
+            assert relative(own[name], found[name]) <= 1e-4, name
         found |= own
+    assert together(found, gradients) <= 1e-5
     error, name = worst(found, gradients)
-    assert error <= 1e-5, name
+    assert error <= 1e-4, name
 
 
 @pytest.mark.parametrize("recompute", [FULL, SELECTIVE])

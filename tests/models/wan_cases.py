@@ -214,3 +214,9 @@ def worst(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[
             error *= (value.norm() / expected[name.replace("bias", "weight")].norm()).item()
         errors.append((error, name))
     return max(errors)
+
+
+def together(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Relative error of all tensors as one vector."""
+    names = sorted(expected)
+    return relative(*(torch.cat([t[n].flatten() for n in names]) for t in (found, expected)))
