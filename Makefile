@@ -10,7 +10,7 @@ READY := .venv/.ready
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint pytest bench setup clean
+.PHONY: demo test lint pytest bench docs setup clean
 .DEFAULT_GOAL := test
 
 demo: setup
@@ -29,6 +29,9 @@ pytest: setup
 bench: setup
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.train_step
+
+docs: setup
+	$(BIN)/python docs/config_reference.py
 
 setup: $(READY)
 
