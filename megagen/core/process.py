@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import signal
 
 import torch
 import torch.distributed as dist
@@ -37,3 +40,10 @@ def device() -> torch.device:
 def is_main() -> bool:
     """True on global rank 0."""
     return rank() == 0
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when the one that forked it is gone (Linux)."""
+    pr_set_pdeathsig = 1
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

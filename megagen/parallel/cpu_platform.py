@@ -20,9 +20,12 @@ import logging
 import multiprocessing
 import types
 from collections.abc import Callable
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
+
+from megagen.core import process
 
 TESTED_VERSIONS = ("0.16.1",)
 MODULES = (
@@ -127,7 +130,9 @@ def _results_queue() -> Any:
     name = "megatron.core.dist_checkpointing.strategies.filesystem_async"
     writer: Any = importlib.import_module(name)
     if writer._results_queue is None:
-        writer._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+        manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+        manager.start(process.die_with_parent)  # else a killed rank leaves it behind
+        writer._results_queue = manager.Queue()
     return writer._results_queue
 
 

@@ -7,7 +7,6 @@ touched CUDA. A rank ends by ``os._exit``: it must not run the exit handlers it 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import faulthandler
 import importlib
@@ -30,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megagen.core import process
 from megagen.core.errors import MegagenError
 
 GRACE_S = 2.0
@@ -174,9 +174,7 @@ def _rank_main(
 
 def _die_with(parent: int) -> None:
     """Have the kernel end this process when its parent is gone (Linux)."""
-    pr_set_pdeathsig = 1
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    process.die_with_parent()
     if os.getppid() != parent:
         os._exit(1)
 
