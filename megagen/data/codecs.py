@@ -147,11 +147,16 @@ class SpaceToDepthOptions(StrictOptions):
         patch: pixels per latent in height and width.
         temporal: frames per latent frame.
         channels: 3 keeps the colours; 1 keeps their mean, and decodes to grey.
+        offset: pixel value in [-1, 1] that becomes 0.
+        scale: pixel difference from it that becomes 1; with the mean and standard deviation of the
+            pixels here, latents are centred and of unit variance.
     """
 
     patch: int = Field(2, ge=1)
     temporal: int = Field(1, ge=1)
     channels: Literal[1, 3] = 3
+    offset: float = Field(0.0, ge=-1, le=1)
+    scale: float = Field(1.0, gt=0)
 
 
 class SpaceToDepth(Codec):
@@ -163,6 +168,7 @@ class SpaceToDepth(Codec):
 
     name = "space_to_depth"
     Options = SpaceToDepthOptions
+    options: SpaceToDepthOptions
 
     def __init__(self, options: SpaceToDepthOptions) -> None:
         self.options = options
@@ -190,10 +196,12 @@ class SpaceToDepth(Codec):
         p, q = self.spatial, self.temporal
         blocks = video_BCTHW.reshape(B, C, T // q, q, H // p, p, W // p, p)
         moved = blocks.permute(0, 1, 3, 5, 7, 2, 4, 6)
-        return moved.reshape(B, C * q * p * p, T // q, H // p, W // p).float().cpu()
+        latents = moved.reshape(B, C * q * p * p, T // q, H // p, W // p).float().cpu()
+        return (latents - self.options.offset) / self.options.scale
 
     def decode(self, latents_BCTHW: Tensor) -> Tensor:
         """Inverse of ``encode``; values are cut to [-1, 1]."""
+        latents_BCTHW = latents_BCTHW * self.options.scale + self.options.offset
         B, _, T, H, W = latents_BCTHW.shape
         p, q = self.spatial, self.temporal
         blocks = latents_BCTHW.reshape(B, -1, q, p, p, T, H, W).permute(0, 1, 5, 2, 6, 3, 7, 4)

@@ -35,7 +35,15 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-CODEC = {"name": "space_to_depth", "patch": 2, "temporal": 2, "channels": 1}
+CODEC = {
+    "name": "space_to_depth",
+    "patch": 2,
+    "temporal": 2,
+    "channels": 1,
+    # mean and standard deviation of the clips' pixels in [-1, 1]
+    "offset": -0.8,
+    "scale": 0.5,
+}
 TEXT_ENCODER = {"name": "hashed", "dim": 64, "max_length": 5}
 _GRID = 80  # clips in each grid of the report: every digit in every direction twice
 

@@ -34,6 +34,15 @@ def test_space_to_depth_is_exact(seeded: torch.Generator, patch: int, temporal: 
     assert build_codec(json.loads(json.dumps(codec.spec()))).spec() == codec.spec()
 
 
+def test_offset_and_scale_centre_the_latents(seeded: torch.Generator) -> None:
+    plain = build_codec({"name": "space_to_depth", "patch": 2})
+    centred = build_codec({"name": "space_to_depth", "patch": 2, "offset": -0.8, "scale": 0.5})
+    video = torch.rand(2, 3, 4, 6, 8, generator=seeded) * 2 - 1
+    latents = centred.encode(video)
+    torch.testing.assert_close(latents * 0.5 - 0.8, plain.encode(video))
+    torch.testing.assert_close(centred.decode(latents), video)
+
+
 def test_grey_space_to_depth_keeps_the_mean_of_the_colours(seeded: torch.Generator) -> None:
     codec = build_codec({"name": "space_to_depth", "patch": 2, "temporal": 2, "channels": 1})
     grey = (torch.rand(2, 1, 4, 8, 12, generator=seeded) * 2 - 1).expand(-1, 3, -1, -1, -1)
