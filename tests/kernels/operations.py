@@ -36,7 +36,9 @@ def run(
     inputs: dict[str, Any] = {}
     for name, value in made.items():
         if isinstance(value, Tensor) and value.is_floating_point():
-            base = torch.empty_strided(value.size(), value.stride(), dtype=dtype).copy_(value)
+            base = torch.empty_strided(
+                value.size(), value.stride(), dtype=dtype, device=value.device
+            ).copy_(value)
             inputs[name] = base.requires_grad_(name in spec.differentiable)
         else:
             inputs[name] = value
