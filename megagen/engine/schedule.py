@@ -79,7 +79,8 @@ class Pipeline:
         padded = self.padded(requests)
 
         def on_output(index: int) -> Callable[..., Any]:
-            return lambda output, non_loss_data=True: report(output, index)
+            number = min(index, len(requests) - 1)  # those put behind the end repeat the last
+            return lambda output, non_loss_data=True: report(output, number)
 
         with torch.no_grad():
             found = self._run(padded, on_output, forward_only=True, collect_non_loss_data=True)

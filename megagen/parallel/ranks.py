@@ -22,7 +22,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from megagen.core.errors import MegagenError
 
 GRACE_S = 2.0
 """How long the other ranks may go on after one has failed."""
+POLL_S = 0.02
 
 
 class RankError(RuntimeError):
@@ -82,7 +82,8 @@ def run_ranks(
         reports = [_read_report(folder / f"{rank}.pickle") for rank in range(num_ranks)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    _raise_first(reports, dead, f"no end after {timeout:g} s; {stacks}" if is_late else "")
+    codes = {number: ranks[number].exitcode or 0 for number in dead}
+    _raise_first(reports, codes, f"no end after {timeout:g} s; {stacks}" if is_late else "")
     return [report.result for report in reports if report is not None]
 
 
@@ -215,7 +216,7 @@ def _started_rank(
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except MegagenError as error:
-        _say(rank, folder, str(error), f"{error}")
+        _say(rank, folder, str(error), str(error))
         return error.exit_code
     except Exception as error:
         _say(rank, folder, traceback.format_exc(), f"{type(error).__name__}: {error}")
@@ -224,13 +225,15 @@ def _started_rank(
 
 def _say(rank: int, folder: Path, text: str, short: str) -> None:
     """The first rank that fails says why at length; the others follow from it, or say the same."""
+    own = folder / f"failure{rank}"
+    own.write_text(short)
     try:
-        (folder / "failure").open("x").close()
+        (folder / "failure").hardlink_to(own)
     except FileExistsError:
-        if isinstance(short, str) and (folder / "failure").stat().st_size == 0:
+        if (folder / "failure").read_text() != short:
             print(f"[rank {rank}] {short.splitlines()[0]}", file=sys.stderr)
         return
-    print(f"[rank {rank}] {text}", file=sys.stderr)
+    print(text if text == short else f"[rank {rank}] {text}", file=sys.stderr)
 
 
 def _watch(
@@ -250,7 +253,8 @@ def _watch(
         if left is not None and left <= 0:
             is_late = not dead
             break
-        wait([rank.sentinel for rank in alive.values()], left)
+        # a rank's sentinel stays open in the processes that it forked, so it would not tell
+        time.sleep(POLL_S)
         for number in [n for n, rank in alive.items() if rank.exitcode is not None]:
             if alive.pop(number).exitcode != 0:
                 dead.append(number)
@@ -309,11 +313,13 @@ def _read_report(path: Path) -> _Report | None:
     return pickle.loads(path.read_bytes()) if path.exists() else None
 
 
-def _raise_first(reports: list[_Report | None], dead: list[int], late: str) -> None:
+def _raise_first(reports: list[_Report | None], dead: dict[int, int], late: str) -> None:
     failed = [(r.failed_at, n, r) for n, r in enumerate(reports) if r and r.failed_at is not None]
     silent = [n for n in dead if reports[n] is None]
     if silent:  # what the others report then is the consequence
-        raise RankError(f"rank {silent[0]} died without a word")
+        code = dead[silent[0]]
+        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        raise RankError(f"rank {silent[0]} died without a word ({cause})")
     if failed:
         _, number, report = min(failed, key=lambda item: item[:2])
         raise RankError(f"rank {number} failed first:\n{report.text}")

@@ -171,7 +171,7 @@ def close(found: Sequence[float], expected: Sequence[float], tolerance: float = 
         assert abs(a - b) <= tolerance * abs(b), f"step {step}: {found} against {expected}"
 
 
-# -- the plain torch side --------------------------------------------------------------------------
+# -- the plain torch side -----------------------------------------------------------------------
 class PlainModel:
     """diffusers' Wan with AdamW, no weight decay on what has none, and clipping by global norm."""
 
@@ -234,7 +234,7 @@ def plain_curve(weights: Weights, num_steps: int) -> tuple[list[float], list[flo
     return losses, norms, plain.weights()
 
 
-# -- the megagen side, run in ranks ------------------------------------------------------------------
+# -- the megagen side, run in ranks -------------------------------------------------------------
 def update(role: Role, step: int, data: Mesh | None = None, **options: Any) -> tuple[float, float]:
     """One update on the micro-batches of ``step``: loss over all data ranks, gradient norm."""
     own = own_part(make_requests(step, **options), data or role.mesh)

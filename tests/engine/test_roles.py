@@ -55,7 +55,7 @@ def surrogate(velocity: Tensor, request: Request, target: Tensor) -> dict[str, T
     return {"loss": error.square().mean(), "other": error.abs().mean()}
 
 
-# -- plain torch -----------------------------------------------------------------------------------
+# -- plain torch --------------------------------------------------------------------------------
 def plain_run(weights: list[cases.Weights]) -> dict[str, Any]:
     student, teacher, critic = (cases.PlainModel(w, ADAMW) for w in weights)
     curve: list[float] = []
@@ -93,7 +93,7 @@ def reference() -> tuple[Any, Any]:
     return weights, plain_run(weights)
 
 
-# -- megagen ---------------------------------------------------------------------------------------
+# -- megagen ------------------------------------------------------------------------------------
 def megagen_run(
     weights: list[cases.Weights], data: ParallelDims, layouts: list[ParallelDims], schedule: str
 ) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def test_virtual_stages_replay_where_hold_is_asked() -> None:
         cases.close(rank["curve"], expected["curve"])
 
 
-# -- the exchange's arithmetic ---------------------------------------------------------------------
+# -- the exchange's arithmetic ------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("replicas", "data_rank"),
     [
