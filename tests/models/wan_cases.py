@@ -13,6 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megagen.checkpoint.diffusers import DiffusersStore, load_weights
+from megagen.core import process
 from megagen.models.base import Request
 from megagen.models.wan import WanModel
 from megagen.parallel.dims import ParallelDims
@@ -104,12 +105,12 @@ def reference_run(
         image,
         return_dict=False,
     )[0]
-    (out * request.extra["probe"]).mean().backward()
+    (out.float() * request.extra["probe"]).mean().backward()
     return out.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
 def build(
-    directory: str | Path, dims: ParallelDims, **overrides: Any
+    directory: str | Path, dims: ParallelDims, *, attention_backend: str = "sdpa", **overrides: Any
 ) -> tuple[WanModel, list[MegatronModule], Mesh]:
     """This rank's chunks of the network in ``directory``."""
     plugin = WanModel(WanModel.Options(init_from=str(directory)))
@@ -132,8 +133,8 @@ def build(
                 pre_process=index == 0,
                 post_process=index == num_chunks - 1,
                 vp_stage=virtual if dims.num_chunks > 1 else None,
-                attention_backend="sdpa",
-            )
+                attention_backend=attention_backend,
+            ).to(process.device())
         )
     load_weights(plugin, chunks, mesh, DiffusersStore(directory))
     return plugin, chunks, mesh
@@ -153,7 +154,7 @@ def megagen_run(
         chunk.set_input_tensor([hidden.requires_grad_()])
     out = chunk(request)
     if mesh.is_last_stage:
-        (out * request.extra["probe"]).mean().backward()
+        (out.float() * request.extra["probe"]).mean().backward()
     else:
         following = dist.get_global_rank(group, stage + 1)
         dist.send(out.detach(), following, group=group)
