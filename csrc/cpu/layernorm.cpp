@@ -15,11 +15,11 @@ void layernorm_forward(const LayerNorm& op, int threads) {
       const float *x = op.x + line * dim, *scale = line_of(op.scale, row, b), *shift = line_of(op.shift, row, b);
       const float mean = sum_each(dim, [=](auto tag, Index i, auto& a, auto&) {
                            a += load<decltype(tag)>(x + i);
-                         }).a / dim;
+                         }).total_a() / dim;
       const float variance = sum_each(dim, [=](auto tag, Index i, auto& a, auto&) {
                                const auto centred = load<decltype(tag)>(x + i) - mean;
                                a += centred * centred;
-                             }).a / dim;
+                             }).total_a() / dim;
       const float rstd = 1.0f / std::sqrt(variance + op.eps), one = op.one;
       float* y = op.y + line * dim;
       for_each(dim, [=](auto tag, Index i) {
@@ -52,7 +52,7 @@ void layernorm_backward(const LayerNorm& op, int threads) {
         store(dscale + i, load<T>(dscale + i) + dy_i * xhat);
         store(dshift + i, load<T>(dshift + i) + dy_i);
       });
-      const float g_mean = sums.a / dim, gx_mean = sums.b / dim;
+      const float g_mean = sums.total_a() / dim, gx_mean = sums.total_b() / dim;
       float* dx = op.dx + line * dim;
       for_each(dim, [=](auto tag, Index i) {
         using T = decltype(tag);

@@ -6,6 +6,7 @@
 #include <cstring>
 
 namespace megagen::MEGAGEN_ISA {
+using Index = int64_t;
 #if defined(__AVX2__)
 constexpr int kWidth = 8;
 #else
@@ -15,6 +16,7 @@ typedef float Vec __attribute__((vector_size(kWidth * 4)));
 typedef int32_t IVec __attribute__((vector_size(kWidth * 4)));
 
 #define MEGAGEN_INLINE static inline __attribute__((always_inline))
+#define MEGAGEN_METHOD inline __attribute__((always_inline))
 
 template <class T>
 MEGAGEN_INLINE T load(const float* p) {
@@ -26,35 +28,64 @@ template <class T>
 MEGAGEN_INLINE void store(float* p, T v) {
   std::memcpy(p, &v, sizeof v);
 }
-MEGAGEN_INLINE float total(float v) { return v; }
 MEGAGEN_INLINE float total(Vec v) {
   float sum = 0;
   for (int i = 0; i < kWidth; ++i) sum += v[i];
   return sum;
 }
 
+// The pairs (2h, 2h + 1) turned round.
+MEGAGEN_INLINE Vec swap_pairs(Vec v) {
+#if defined(__clang__) && defined(__AVX2__)
+  return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+#elif defined(__clang__)
+  return __builtin_shufflevector(v, v, 1, 0, 3, 2);
+#elif defined(__AVX2__)
+  return __builtin_shuffle(v, IVec{1, 0, 3, 2, 5, 4, 7, 6});
+#else
+  return __builtin_shuffle(v, IVec{1, 0, 3, 2});
+#endif
+}
+// f(tag, i) of the other one of each pair.
+template <class F>
+MEGAGEN_INLINE Vec partner(Vec, Index i, F f) {
+  return swap_pairs(f(Vec{}, i));
+}
+template <class F>
+MEGAGEN_INLINE float partner(float, Index i, F f) {
+  return f(0.0f, i ^ 1);
+}
+
 // f(tag, i) for i = 0, W, 2W... with tag a Vec, then one by one with tag a float.
 template <class F>
-MEGAGEN_INLINE void for_each(int64_t n, F f) {
-  int64_t i = 0;
+MEGAGEN_INLINE void for_each(Index n, F f) {
+  Index i = 0;
   for (; i + kWidth <= n; i += kWidth) f(Vec{}, i);
   for (; i < n; ++i) f(0.0f, i);
 }
 
-// Two sums over i of what f(tag, i, a, b) adds to a and b; four chains hide the latency of addition.
+// Two sums over i of what f(tag, i, a, b) adds to a and b, over one or several stretches; four chains
+// hide the latency of addition.
 struct Sums {
-  float a, b;
+  Vec a[4] = {}, b[4] = {};
+  float tail_a = 0, tail_b = 0;
+
+  template <class F>
+  MEGAGEN_METHOD void add(Index n, F f) {
+    Index i = 0;
+    for (; i + 4 * kWidth <= n; i += 4 * kWidth)
+      for (int c = 0; c < 4; ++c) f(Vec{}, i + c * kWidth, a[c], b[c]);
+    for (int c = 0; i + kWidth <= n; i += kWidth, ++c) f(Vec{}, i, a[c], b[c]);
+    for (; i < n; ++i) f(0.0f, i, tail_a, tail_b);
+  }
+  MEGAGEN_METHOD float total_a() const { return total((a[0] + a[1]) + (a[2] + a[3])) + tail_a; }
+  MEGAGEN_METHOD float total_b() const { return total((b[0] + b[1]) + (b[2] + b[3])) + tail_b; }
 };
 template <class F>
-MEGAGEN_INLINE Sums sum_each(int64_t n, F f) {
-  Vec a[4] = {}, b[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kWidth <= n; i += 4 * kWidth)
-    for (int c = 0; c < 4; ++c) f(Vec{}, i + c * kWidth, a[c], b[c]);
-  for (; i + kWidth <= n; i += kWidth) f(Vec{}, i, a[0], b[0]);
-  float tail_a = 0, tail_b = 0;
-  for (; i < n; ++i) f(0.0f, i, tail_a, tail_b);
-  return {total((a[0] + a[1]) + (a[2] + a[3])) + tail_a, total((b[0] + b[1]) + (b[2] + b[3])) + tail_b};
+MEGAGEN_INLINE Sums sum_each(Index n, F f) {
+  Sums sums;
+  sums.add(n, f);
+  return sums;
 }
 
 // e^x with a relative error of about 1e-7; x is clamped to [-87, 88].
