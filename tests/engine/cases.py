@@ -158,6 +158,21 @@ def worst(found: Weights, expected: Weights) -> float:
     return max(relative(found[name], expected[name]) for name in expected)
 
 
+def worst_gradient(found: Weights, expected: Weights) -> float:
+    """Largest L2 error of any gradient, relative to it plus a thousandth of all of them.
+
+    What a bias of keys gets is a sum that nearly cancels (adding one vector to all keys changes
+    scores alike), so its rounding is that of the summands.
+    """
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    whole_norm = sum(g.double().square().sum().item() for g in expected.values()) ** 0.5
+    return max(
+        (found[name].double() - grad.double()).norm().item()
+        / (grad.double().norm().item() + 1e-3 * whole_norm)
+        for name, grad in expected.items()
+    )
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
     """Relative L2 error."""
     norm = expected.double().norm().item()
