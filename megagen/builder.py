@@ -23,7 +23,7 @@ from megagen.engine.settings import EMASettings, OptimizerSettings, RoleSettings
 from megagen.methods import METHODS
 from megagen.methods.base import TrainingMethod
 from megagen.models import MODELS
-from megagen.models.base import ModelPlugin
+from megagen.models.base import ModelPlugin, WeightStore
 from megagen.parallel.mesh import Mesh
 from megagen.trainer import Run
 
@@ -238,9 +238,20 @@ def build_role(
     config: RunConfig, name: str, plugin: ModelPlugin, mesh: Mesh, streams: Streams
 ) -> Role:
     """One role with its weights in place."""
-    given = config.models[name].model_options()
-    store = open_weights(plugin, given.get("init_from"), streams, name, given.get("subfolder"))
+    store = weight_store(config, name, plugin, streams)
     return Role.build(plugin, role_settings(config, name), data_layout=mesh, store=store)
+
+
+def weight_store(
+    config: RunConfig, name: str, plugin: ModelPlugin, streams: Streams
+) -> WeightStore:
+    """Where role ``name``'s first weights come from; only headers are read here.
+
+    Raises:
+        CheckpointError: a tensor is missing, superfluous or of another shape.
+    """
+    given = config.models[name].model_options()
+    return open_weights(plugin, given.get("init_from"), streams, name, given.get("subfolder"))
 
 
 def _built_in(config: RunConfig, name: str, cls: type[Any]) -> Any:

@@ -238,9 +238,22 @@ class Trainer:
                 remedy="Keep the seed: noise and data order follow from it.",
                 where=chosen,
             )
+        self._check_optimizer(trainer_state, chosen)
         state.load(directory, self.run_parts.roles)
         self.step = self._saved_step = trainer_state.step
         log.info("resumed %s", directory)
+
+    def _check_optimizer(self, saved: state.TrainerState, where: str) -> None:
+        """Sharded and whole optimizer states are stored in different forms."""
+        key = "use_distributed_optimizer"
+        was = saved.config.get("training", {}).get("distributed", {}).get(key)
+        now = self.config.training.distributed.use_distributed_optimizer
+        if was is not None and was != now:
+            raise CheckpointError(
+                f"was written with {key}: {was}, this run has {now}.",
+                remedy=f"Resume with training.distributed.{key}: {was}.",
+                where=where,
+            )
 
     def _choose_checkpoint(self) -> str | None:
         """The directory to resume from, verified; None for a fresh start. Rank 0 alone looks."""

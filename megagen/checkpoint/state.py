@@ -52,18 +52,29 @@ class TrainerState:
     models: dict[str, dict[str, Any]]
 
 
-def save(directory: Path, state: TrainerState, roles: Mapping[str, Role]) -> None:
+def save(
+    directory: Path,
+    state: TrainerState,
+    roles: Mapping[str, Role],
+    *,
+    include_frozen: bool = False,
+) -> None:
     """Write one checkpoint and commit it. Collective over all ranks.
 
     Args:
         directory: the step's final directory, on a file system that all ranks share.
         state: what goes into ``trainer.json``.
-        roles: roles to save; frozen ones are left out.
+        roles: roles to save.
+        include_frozen: save frozen roles too, instead of leaving them out.
 
     Raises:
         CheckpointError: too little space; nothing was written.
     """
-    sharded = {name: role.sharded_state() for name, role in roles.items() if role.trainable}
+    sharded = {
+        name: role.sharded_state()
+        for name, role in roles.items()
+        if role.trainable or include_frozen
+    }
     _check_space(directory, sharded)
     staging = commit.staging_path(directory)
     if process.is_main():

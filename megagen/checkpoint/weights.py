@@ -1,4 +1,4 @@
-"""Where a role's first weights come from: a diffusers directory, a checkpoint of ours, or nowhere."""
+"""Where a role's first weights come from: a diffusers directory, a checkpoint, or nowhere."""
 
 from __future__ import annotations
 

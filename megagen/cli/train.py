@@ -62,6 +62,7 @@ def run_training(config: Any, *, ranks: int, fork: bool, dry_run: bool = False) 
         SystemExit: with the ranks' exit code where it is not 0.
     """
     from megagen import builder
+    from megagen.core.streams import Streams
     from megagen.plan.report import describe
 
     plugins = builder.build_plugins(config)
@@ -71,6 +72,8 @@ def run_training(config: Any, *, ranks: int, fork: bool, dry_run: bool = False) 
         print(describe(config, plugins, ranks, shape, text_len))
         return
     shape, text_len = builder.sample_shape(config, plugins["student"], required=True)
+    for name, plugin in plugins.items():
+        builder.weight_store(config, name, plugin, Streams(config.training.seed))
     if int(os.environ.get("RANK", "0")) == 0:
         print(describe(config, plugins, ranks, shape, text_len), file=sys.stderr)
     if fork:

@@ -1,4 +1,4 @@
-"""A small dataset in FastVideo's columns, written with pyarrow alone, and a config that trains on it."""
+"""A small dataset in FastVideo's columns, written with pyarrow alone, and a config on it."""
 
 from __future__ import annotations
 
