@@ -66,6 +66,8 @@ def component_directory(
     if subfolder is None and not (root / name).is_dir():
         return root
     if not (root / name).is_dir():
+        if root.name == name and (root / "config.json").is_file():
+            return root
         raise CheckpointError(
             f"{root} has no folder {name!r}.",
             remedy="Correct subfolder (or expert), or init_from.",

@@ -106,6 +106,8 @@ def test_directory_and_architecture_must_agree(tmp_path: Path, generator: torch.
         _plugin(init_from=str(tmp_path))
     with pytest.raises(CheckpointError, match="no directory"):
         _plugin(init_from=str(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match="the hub does not give it"):  # tests are offline
+        _plugin(init_from="nobody/nothing")
 
 
 def test_pipeline_directory(tmp_path: Path, generator: torch.Generator) -> None:

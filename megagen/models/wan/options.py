@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,14 +53,12 @@ class Resolved:
     Args:
         architecture: shapes.
         preset: conventions, options and files taken into account.
-        directory: the transformer's directory, None for fresh weights.
         latents_mean: per channel, None: 0.
         latents_std: per channel, None: 1.
     """
 
     architecture: WanArchitecture
     preset: Preset
-    directory: Path | None
     latents_mean: list[float] | None
     latents_std: list[float] | None
 
@@ -80,16 +78,8 @@ def resolve_options(options: WanOptions, where: str) -> Resolved:
             where=where,
         )
     preset = _named_preset(options.architecture, f"{where}.architecture")
-    directory = None
-    if options.init_from is not None:
-        folder = "transformer_2" if options.expert == "low" else "transformer"
-        directory = component_directory(
-            options.init_from,
-            options.subfolder,
-            folder,
-            ["config.json"],
-            where=f"{where}.init_from",
-        )
+    directory = find_directory(options, ["config.json"], where)
+    if directory is not None:
         preset = _from_files(preset, directory)
     keys, source = _keys(options, preset, directory, where)
     architecture = parse_options(WanArchitecture, keys, source)
@@ -104,8 +94,16 @@ def resolve_options(options: WanOptions, where: str) -> Resolved:
             remedy="Give boundary_ratio (0.875 for T2V-A14B, 0.9 for I2V-A14B).",
             where=f"{where}.boundary_ratio",
         )
-    return Resolved(
-        architecture, preset, directory, *_latent_constants(architecture, keys, directory)
+    return Resolved(architecture, preset, *_latent_constants(architecture, keys, directory))
+
+
+def find_directory(options: WanOptions, patterns: Sequence[str], where: str) -> Path | None:
+    """The transformer's directory, None for fresh weights; ``patterns`` are fetched from a hub."""
+    if options.init_from is None:
+        return None
+    folder = "transformer_2" if options.expert == "low" else "transformer"
+    return component_directory(
+        options.init_from, options.subfolder, folder, patterns, where=f"{where}.init_from"
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from megagen.layers.patch import token_grid
 from megagen.models.base import ModelPlugin, Request, WeightSource
 from megagen.models.wan import names
 from megagen.models.wan.layout import check_layout
-from megagen.models.wan.options import WanOptions, resolve_options
+from megagen.models.wan.options import WanOptions, find_directory, resolve_options
 from megagen.parallel.dims import ParallelDims
 
 MASK_CHANNELS = 4
@@ -44,7 +45,6 @@ class WanModel(ModelPlugin):
         resolved = resolve_options(options, where)
         self.options, self.where = options, where
         self.arch = arch = resolved.architecture
-        self.directory: Path | None = resolved.directory
         self.flow_shift = resolved.preset.flow_shift
         self.boundary_ratio = resolved.preset.boundary_ratio
         self.expand_timesteps = resolved.preset.expand_timesteps
@@ -121,8 +121,18 @@ class WanModel(ModelPlugin):
         return math.prod(token_grid(latent_shape, self.arch.patch_size))
 
     # -- weights -------------------------------------------------------------------------------
+    @cached_property
+    def directory(self) -> Path | None:
+        """The directory of the first weights, fetched where it is a hub's; None: fresh weights."""
+        patterns = ["config.json", "diffusion_pytorch_model*.safetensors*"]
+        return find_directory(self.options, patterns, self.where)
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the diffusers checkpoint."""
+        return self._shapes
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
         return names.tensor_shapes(self.arch)
 
     def weights(self, chunk: nn.Module) -> dict[str, WeightSource]:
