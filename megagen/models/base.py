@@ -24,14 +24,15 @@ from megagen.parallel.dims import ParallelDims
 
 @dataclass(frozen=True)
 class Request:
-    """One micro-batch for one network, the same full tensors on every rank of its model-parallel group.
+    """One micro-batch for one network, the same on every rank of its model-parallel group.
 
     Args:
         latents_BCTHW: the network's input ``x_t``, normalised latents.
         timestep: ``[B]``, per frame ``[B, T]`` or per token ``[B, S]``, in 0..1000, fp32.
-        condition: named tensors whose first axis is B: ``text_embeds_BLD`` [B, L, text_dim] and what
-            the family adds (``image_embeds_BLD``, ``condition_latents_BCTHW``...).
-        extra: whatever a loss function wants beside (targets, weights); the engine does not read it.
+        condition: named tensors whose first axis is B: ``text_embeds_BLD`` [B, L, text_dim] and
+            what the family adds (``image_embeds_BLD``, ``condition_latents_BCTHW``...).
+        extra: whatever a loss function wants beside (targets, weights); the engine does not read
+            it.
     """
 
     latents_BCTHW: Tensor
@@ -54,10 +55,10 @@ class Network(Protocol):
         """Megatron's schedule hands over the hidden states of the stage before."""
 
     def __call__(self, request: Request) -> Tensor:
-        """Hidden states ``[S_local, B, D]``, or on the last chunk the raw prediction ``[B, C, T, H, W]``.
+        """Hidden states ``[S_local, B, D]``, or on the last chunk the raw ``[B, C, T, H, W]``.
 
-        The last chunk's prediction is whole: gathered over CP (and SP), differentiably, so that a loss
-        sees the same tensor on every CP rank. Its backward gives each CP rank the gradient of its
+        The last chunk's prediction is whole: gathered over CP (and SP), differentiably, so that a
+        loss sees the same tensor on every CP rank. Its backward gives each CP rank the gradient of its
         own tokens once.
         """
 
@@ -75,7 +76,8 @@ class WeightSource:
         shapes: their full shapes, in the same order.
         tp_dim: axis of the named tensors that TP cuts into equal parts, None where replicated.
         assemble: shards -> local parameter.
-        split: full parameter (after gathering over TP along ``partition_dim``) -> full named tensors.
+        split: full parameter (after gathering over TP along ``partition_dim``) -> full named
+            tensors.
     """
 
     names: tuple[str, ...]
@@ -105,7 +107,7 @@ class ModelPlugin(ABC):
 
     @abstractmethod
     def check(self, dims: ParallelDims, where: str) -> None:
-        """Raise ``ConfigError`` (naming ``where``) if the network cannot be cut as ``dims`` says."""
+        """Raise ``ConfigError`` naming ``where`` if the network cannot be cut as ``dims`` says."""
 
     @abstractmethod
     def transformer_config(self, dims: ParallelDims, **overrides: Any) -> Any:
@@ -126,7 +128,7 @@ class ModelPlugin(ABC):
         vp_stage: int | None,
         attention_backend: str,
     ) -> nn.Module:
-        """One pipeline chunk holding ``layers`` (global, 0-based), uninitialised (see ``weights``)."""
+        """One pipeline chunk of ``layers`` (global, 0-based), uninitialised (see ``weights``)."""
 
     @abstractmethod
     def num_tokens(self, latent_shape: Sequence[int]) -> int:
@@ -155,11 +157,11 @@ class ModelPlugin(ABC):
 
     @abstractmethod
     def initial_tensor(self, name: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """A freshly initialised diffusers tensor, the rule diffusers' own class uses for ``name``."""
+        """A freshly initialised diffusers tensor, by the rule of diffusers' own class."""
 
     # -- conventions -------------------------------------------------------------------------------
     def inputs(self, request: Request) -> Request:
-        """The request as the network wants it (scaled timestep, extra channels). Default: unchanged."""
+        """The request as the network wants it (timestep, extra channels). Default: unchanged."""
         return request
 
     def velocity(self, prediction_BCTHW: Tensor, request: Request) -> Tensor:
@@ -190,11 +192,11 @@ class ModelPlugin(ABC):
 
 
 TensorReader = Callable[[str, int | None, int, int], Tensor]
-"""``read(name, tp_dim, part, num_parts) -> shard``: part ``part`` of ``num_parts`` along ``tp_dim``."""
+"""``read(name, tp_dim, part, num_parts)``: part ``part`` of ``num_parts`` along ``tp_dim``."""
 
 
 class WeightStore(Protocol):
-    """A set of named tensors that can be read shard by shard (a diffusers directory, an initialiser)."""
+    """Named tensors that can be read shard by shard (a diffusers directory, an initialiser)."""
 
     def names(self) -> Iterator[str]: ...
 
