@@ -23,7 +23,10 @@ def demo(
     nproc: Annotated[int, typer.Option(min=1, help="Ranks of the training.")] = 2,
     num_samples: Annotated[int, typer.Option(min=20, help="Clips to sample and judge.")] = 640,
     num_train: Annotated[int, typer.Option(min=40, help="Training clips.")] = 2874,
-    num_held_out: Annotated[int, typer.Option(min=200, help="Held-out clips.")] = 1440,
+    num_held_out: Annotated[int, typer.Option(min=100, help="Held-out clips.")] = 1440,
+    judge_epochs: Annotated[
+        int, typer.Option(min=1, help="Training of the digit classifier.")
+    ] = 24,
 ) -> None:
     """Run the whole path on moving handwritten digits and write a report.
 
@@ -52,6 +55,7 @@ def demo(
         num_train=num_train,
         num_held_out=num_held_out,
         num_samples=num_samples,
+        judge_epochs=judge_epochs,
     )
     result = run_demo(options)
     write_report(result, out)

@@ -115,15 +115,17 @@ def first(clips: Clips, count: int) -> Clips:
 
 
 def in_order_of(clips: Clips, wanted: Clips, count: int) -> Clips:
-    """Clips that show the same as the first of ``wanted``, each used once where possible."""
-    pools: dict[tuple[int, int], list[int]] = {}
-    for n, key in enumerate(zip(clips.digits_N.tolist(), clips.directions_N.tolist(), strict=True)):
-        pools.setdefault(key, []).append(n)
-    keys = list(zip(wanted.digits_N.tolist(), wanted.directions_N.tolist(), strict=True))[:count]
-    uses = dict.fromkeys(keys, 0)
+    """Clips that show what the first of ``wanted`` show, each used once where it can be.
+
+    Where a digit does not go in a direction, it is shown in another one.
+    """
+    uses = torch.zeros(len(clips))
     chosen = []
-    for key in keys:
-        chosen.append(pools[key][uses[key] % len(pools[key])])
-        uses[key] += 1
+    for digit, direction in zip(
+        wanted.digits_N[:count].tolist(), wanted.directions_N[:count].tolist(), strict=True
+    ):
+        cost = uses + 1e3 * (clips.directions_N != direction) + 1e6 * (clips.digits_N != digit)
+        chosen.append(int(cost.argmin()))
+        uses[chosen[-1]] += 1
     index = torch.tensor(chosen)
     return Clips(clips.frames_NTHW[index], clips.digits_N[index], clips.directions_N[index])

@@ -34,11 +34,11 @@ class DigitNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(1, 16, 5, 2, 2),
+            nn.Conv2d(1, 16, 3, 1, 1),
             nn.ReLU(),
             nn.Conv2d(16, 32, 3, 2, 1),
             nn.ReLU(),
-            nn.Conv2d(32, NUM_FEATURES, 3, 1, 1),
+            nn.Conv2d(32, NUM_FEATURES, 5, 1, 2),
             nn.ReLU(),
         )
         self.head = nn.Linear(NUM_FEATURES, 10)
@@ -119,6 +119,8 @@ class Judge:
 
 def train_judge(streams: Streams, *, reference: Clips, num_epochs: int = 24) -> Judge:
     """Train the classifier (seconds on one core); ``reference`` are held-out real clips."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # too small a net for more: threads would wait for each other
     net = DigitNet()
     _initialise(net, streams)
     images, _ = digits.load_images("train")
@@ -138,6 +140,7 @@ def train_judge(streams: Streams, *, reference: Clips, num_epochs: int = 24) -> 
             loss.backward()
             optimizer.step()
             schedule.step()
+    torch.set_num_threads(threads)
     return Judge(net, reference)
 
 

@@ -184,7 +184,6 @@ def export(out: Path) -> tuple[VideoPipeline, float]:
     from megagen.parallel.launch import init_distributed
     from megagen.sampling.source import build_pipeline, from_run, write_spec
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     init_distributed()
     source = from_run(out / "sft")
     pipeline = build_pipeline(source, ParallelDims())

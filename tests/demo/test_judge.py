@@ -17,7 +17,7 @@ from megagen.demo.judge import Judge, frechet_distance, motion, train_judge
 @pytest.fixture(scope="module")
 def judge() -> Judge:
     reference = digits.make_clips("held_out", 720, Streams(0))
-    return train_judge(Streams(0), reference=reference, num_epochs=16)
+    return train_judge(Streams(0), reference=reference, num_epochs=12)
 
 
 @pytest.fixture(scope="module")
