@@ -58,8 +58,8 @@ class Network(Protocol):
         """Hidden states ``[S_local, B, D]``, or on the last chunk the raw ``[B, C, T, H, W]``.
 
         The last chunk's prediction is whole: gathered over CP (and SP), differentiably, so that a
-        loss sees the same tensor on every CP rank. Its backward gives each CP rank the gradient of its
-        own tokens once.
+        loss sees the same tensor on every CP rank. Its backward gives each CP rank the gradient of
+        its own tokens once.
         """
 
 
