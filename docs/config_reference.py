@@ -129,7 +129,8 @@ def descriptions(cls: type[BaseModel]) -> dict[str, str]:
 
 
 def markdown(text: str) -> str:
-    return text.replace("``", "`")
+    """Of a docstring: code in single quotes, values as YAML has them."""
+    return re.sub(r"\bNone\b", "null", text.replace("``", "`"))
 
 
 def type_of(annotation: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -90,6 +91,16 @@ def test_documents_link_to_what_exists() -> None:
     for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text()):
             assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_the_configuration_page_is_current() -> None:
+    specification = importlib.util.spec_from_file_location(
+        "config_reference", ROOT / "docs" / "config_reference.py"
+    )
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    assert (ROOT / "docs" / "config.md").read_text() == module.page(), "run: make docs"
 
 
 def test_constraints_satisfy_the_package() -> None:
