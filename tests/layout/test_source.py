@@ -47,7 +47,8 @@ def test_sizes(path: Path) -> None:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
-            sizes[node.name] = (node.end_lineno - node.lineno + 1, MAX_FUNCTION)
+            # a command's options stand in its signature: only the body counts
+            sizes[node.name] = (node.end_lineno - node.body[0].lineno + 1, MAX_FUNCTION)
     for what, (lines, limit) in sizes.items():
         if lines > limit:
             warnings.warn(f"{relative(path)}: {what} has {lines} lines", stacklevel=1)
