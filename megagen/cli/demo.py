@@ -25,7 +25,7 @@ def demo(
     num_train: Annotated[int, typer.Option(min=40, help="Training clips.")] = 2874,
     num_held_out: Annotated[int, typer.Option(min=100, help="Held-out clips.")] = 1440,
     judge_epochs: Annotated[
-        int, typer.Option(min=1, help="Training of the digit classifier.")
+        int, typer.Option(min=1, help="Of the digit classifier.")
     ] = 24,
 ) -> None:
     """Run the whole path on moving handwritten digits and write a report.
