@@ -6,9 +6,8 @@ run. Legend: B batch, C channels, T H W latent size.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from megagen.core import process
 from megagen.core.log import warn_once
-from megagen.engine import build, state
+from megagen.engine import build, modes, state
 from megagen.engine.ema import EMA
 from megagen.engine.exchange import Exchange
 from megagen.engine.optimizer import Optimizer, StepInfo
@@ -127,7 +126,7 @@ class Role:
     def predict(self, requests: Sequence[Request]) -> list[Tensor]:
         """Velocities ``eps - x0``, fp32 ``[B, C, T, H, W]``, one per request, without gradient."""
         work = self._prepare(self._exchange.collect(requests))
-        with self._eval_mode():
+        with modes.evaluating(self.chunks):
             found = self._pipeline.forward(work, lambda out, i: self._velocity(out, work[i]))
         return self._deliver(found, work, requests, self.plugin.out_channels)
 
@@ -150,7 +149,7 @@ class Role:
             terms = loss_fn(self._velocity(output, work[index]), work[index])
             return terms["loss"] * scale, None
 
-        with self._frozen():
+        with modes.frozen(self.chunks, self._ddp):
             self._pipeline.forward_backward(work, on_output)
         count = len(self._exchange.weights(len(requests)))
         gradients = [self._whole_gradient(leaf) for leaf in leaves[:count]]
@@ -268,7 +267,7 @@ class Role:
             terms = loss_fn(self._velocity(output, work[index]), work[index], *extra)
             return terms["loss"] * weights[index], _floats(terms)
 
-        with self._no_sync(more_to_come):
+        with modes.no_sync(self._ddp, self.config, active=more_to_come):
             reports = self._pipeline.forward_backward(work, on_output)
         return self._report(reports, num_requests)
 
@@ -281,7 +280,7 @@ class Role:
     ) -> list[dict[str, Tensor]]:
         work = self._prepare(self._exchange.collect(requests))
         weights = self._exchange.weights(len(requests))
-        with self._no_sync(more_to_come):
+        with modes.no_sync(self._ddp, self.config, active=more_to_come):
             held = self._pipeline.hold_forward(work)
             velocities: list[Tensor] = []
             if self._pipeline.has_prediction:
@@ -370,49 +369,6 @@ class Role:
             if is_shared:
                 dist.all_reduce(gradient, group=group)
         return gradient
-
-    @contextlib.contextmanager
-    def _eval_mode(self) -> Iterator[None]:
-        before = [chunk.training for chunk in self.chunks]
-        for chunk in self.chunks:
-            chunk.eval()
-        try:
-            yield
-        finally:
-            for chunk, training in zip(self.chunks, before, strict=True):
-                chunk.train(training)
-
-    @contextlib.contextmanager
-    def _frozen(self) -> Iterator[None]:
-        """Parameters that ask for no gradient, and DDP's hooks out of the way."""
-        parameters = [p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad]
-        if parameters and self.settings.overlap_param_gather:
-            for chunk in self._ddp:
-                chunk.disable_forward_pre_hook()
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            if parameters and self.settings.overlap_param_gather:
-                for chunk in self._ddp:
-                    chunk.enable_forward_pre_hook()
-
-    @contextlib.contextmanager
-    def _no_sync(self, active: bool) -> Iterator[None]:
-        """No reduction of gradients by the backward passes inside."""
-        with contextlib.ExitStack() as stack:
-            hook = self.config.no_sync_func
-            if active:
-                for chunk in self._ddp:
-                    stack.enter_context(chunk.no_sync())
-                self.config.no_sync_func = None
-            try:
-                yield
-            finally:
-                self.config.no_sync_func = hook
 
 
 def _floats(terms: LossTerms) -> dict[str, float]:
