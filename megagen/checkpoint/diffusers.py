@@ -20,12 +20,12 @@ from megagen.checkpoint.store import STEM, DiffusersStore, InitialStore, check_w
 from megagen.checkpoint.writer import DirectoryWriter
 from megagen.core import process
 from megagen.core.errors import CheckpointError
+from megagen.engine.weights import fill
 from megagen.models.base import ModelPlugin, WeightSource, WeightStore
 
 __all__ = ["DiffusersStore", "InitialStore", "check_weights", "load_weights", "save_weights"]
 
 
-@torch.no_grad()
 def load_weights(
     plugin: ModelPlugin, chunks: Sequence[nn.Module], mesh: Any, store: WeightStore
 ) -> None:
@@ -41,12 +41,7 @@ def load_weights(
         CheckpointError: see ``check_weights``; nothing has been changed then.
     """
     check_weights(plugin, store)
-    part, num_parts = mesh.pg.tp.rank(), mesh.pg.tp.size()
-    for chunk in chunks:
-        parameters = dict(chunk.named_parameters())
-        for name, source in plugin.weights(chunk).items():
-            shards = [store.read(n, source.tp_dim, part, num_parts) for n in source.names]
-            parameters[name].copy_(source.assemble(shards))
+    fill(plugin, chunks, mesh.pg.tp, store)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; ``MegagenError`` becomes one paragraph on stderr and exit code 2."""
     args = list(sys.argv[1:] if argv is None else argv)
     wanted = next((a for a in args if not a.startswith("-")), None)
+    # megatron-core warns at import of what is not installed, and of names that torch is renaming
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         app = build_app(wanted if wanted in COMMANDS else None)
         app(args=args, prog_name="megagen")

@@ -89,7 +89,7 @@ class Role:
         mesh = Mesh.build(settings.dims)
         config = build.make_config(plugin, settings)
         chunks = build.make_chunks(plugin, settings, config, mesh)
-        fill(plugin, chunks, mesh, store)
+        fill(plugin, chunks, mesh.pg.tp, store)
         return Role(plugin, settings, mesh, chunks, config, data_layout)
 
     def _make_trainable(self) -> None:
@@ -125,28 +125,29 @@ class Role:
     # -- passes without gradients of the weights ---------------------------------------------------
     def predict(self, requests: Sequence[Request]) -> list[Tensor]:
         """Velocities ``eps - x0``, fp32 ``[B, C, T, H, W]``, one per request, without gradient."""
-        work = self._prepare(self._exchange.collect(requests))
+        given = self._collect(requests)
+        work = [self.plugin.inputs(request) for request in given]
         with modes.evaluating(self.chunks):
-            found = self._pipeline.forward(work, lambda out, i: self._velocity(out, work[i]))
-        return self._deliver(found, work, requests, self.plugin.out_channels)
+            found = self._pipeline.forward(work, lambda out, i: self._velocity(out, given[i]))
+        return self._deliver(found, given, requests)
 
     def input_gradient(self, requests: Sequence[Request], loss_fn: LossFn) -> list[Tensor]:
-        """d loss / d ``latents_BCTHW`` of each request in fp32; the weights get no gradient.
+        """d loss / d ``latents_BCTHW`` through the network, in fp32; weights get no gradient.
 
         Args:
             requests: one micro-batch each.
-            loss_fn: (velocity, request) -> terms, on the last stage.
+            loss_fn: (velocity, request) -> terms, on the last stage; the latents that it sees in the
+                request are constants.
         """
-        own = self._exchange.collect(requests)
-        own = self._pipeline.padded([self._on_device(request) for request in own])
-        leaves = [r.latents_BCTHW.detach().float().requires_grad_() for r in own]
-        pairs = zip(own, leaves, strict=True)
+        given = self._pipeline.padded(self._collect(requests))
+        leaves = [r.latents_BCTHW.detach().float().requires_grad_() for r in given]
+        pairs = zip(given, leaves, strict=True)
         work = [self.plugin.inputs(r.with_(latents_BCTHW=leaf)) for r, leaf in pairs]
         # the schedule takes the mean over micro-batches and multiplies by cp
         scale = len(work) / self.mesh.dims.cp_size
 
         def on_output(output: Tensor, index: int) -> tuple[Tensor, None]:
-            terms = loss_fn(self._velocity(output, work[index]), work[index])
+            terms = loss_fn(self._velocity(output, given[index]), given[index])
             return terms["loss"] * scale, None
 
         with modes.frozen(self.chunks, self._ddp):
@@ -154,7 +155,7 @@ class Role:
         count = len(self._exchange.weights(len(requests)))
         gradients = [self._whole_gradient(leaf) for leaf in leaves[:count]]
         self._from_stage(gradients, 0)
-        return self._exchange.deliver(gradients, self._templates(requests, self.plugin.in_channels))
+        return self._exchange.deliver(gradients, self._templates(requests))
 
     # -- training ----------------------------------------------------------------------------------
     def zero_grad(self) -> None:
@@ -178,9 +179,7 @@ class Role:
         Returns:
             The terms of each request (detached fp32 scalars), on every rank.
         """
-        return self._backward(
-            self._exchange.collect(requests), len(requests), loss_fn, more_to_come
-        )
+        return self._backward(requests, loss_fn, None, more_to_come)
 
     def forward_score_backward(
         self,
@@ -207,8 +206,7 @@ class Role:
         if self.settings.score_schedule == "hold":
             warn_once(__name__, f"{self.name}: virtual stages cannot hold; forwards are replayed")
         targets = self._exchange.collect(list(targets_fn(self.predict(requests))))
-        work = self._exchange.collect(requests)
-        return self._backward(work, len(requests), loss_fn, more_to_come, targets)
+        return self._backward(requests, loss_fn, targets, more_to_come)
 
     def step(self) -> StepInfo:
         """Reduce the gradients, clip, update weights and average.
@@ -252,24 +250,24 @@ class Role:
     # -- parts of the verbs ------------------------------------------------------------------------
     def _backward(
         self,
-        own: Sequence[Request],
-        num_requests: int,
+        requests: Sequence[Request],
         loss_fn: Callable[..., LossTerms],
+        targets: Sequence[Any] | None,
         more_to_come: bool,
-        targets: Sequence[Any] | None = None,
     ) -> list[dict[str, Tensor]]:
-        work = self._prepare(own)
-        self._pipeline.check_divides(len(work), self.name)
-        weights = self._exchange.weights(num_requests)
+        given = self._collect(requests)
+        self._pipeline.check_divides(len(given), self.name)
+        weights = self._exchange.weights(len(requests))
 
         def on_output(output: Tensor, index: int) -> tuple[Tensor, dict[str, float]]:
             extra = () if targets is None else (targets[index],)
-            terms = loss_fn(self._velocity(output, work[index]), work[index], *extra)
+            terms = loss_fn(self._velocity(output, given[index]), given[index], *extra)
             return terms["loss"] * weights[index], _floats(terms)
 
+        work = [self.plugin.inputs(request) for request in given]
         with modes.no_sync(self._ddp, self.config, active=more_to_come):
             reports = self._pipeline.forward_backward(work, on_output)
-        return self._report(reports, num_requests)
+        return self._report(reports, len(requests))
 
     def _hold(
         self,
@@ -278,23 +276,22 @@ class Role:
         loss_fn: TargetLossFn,
         more_to_come: bool,
     ) -> list[dict[str, Tensor]]:
-        work = self._prepare(self._exchange.collect(requests))
+        given = self._collect(requests)
+        work = [self.plugin.inputs(request) for request in given]
         weights = self._exchange.weights(len(requests))
         with modes.no_sync(self._ddp, self.config, active=more_to_come):
             held = self._pipeline.hold_forward(work)
             velocities: list[Tensor] = []
             if self._pipeline.has_prediction:
-                outputs = zip(held.outputs, work, strict=True)
+                outputs = zip(held.outputs, given, strict=True)
                 velocities = [self._velocity(output, request) for output, request in outputs]
             found = [velocity.detach() for velocity in velocities]
-            predictions = self._deliver(found, work, requests, self.plugin.out_channels)
+            predictions = self._deliver(found, given, requests)
             targets = self._exchange.collect(list(targets_fn(predictions)))
             losses, reports = [], []
-            for velocity, request, target, weight in zip(
-                velocities, work, targets, weights, strict=False
-            ):
-                terms = loss_fn(velocity, request, target)
-                losses.append(terms["loss"] * weight)
+            for index, velocity in enumerate(velocities):
+                terms = loss_fn(velocity, given[index], targets[index])
+                losses.append(terms["loss"] * weights[index])
                 reports.append(_floats(terms))
             self._pipeline.hold_backward(work, held, losses)
         return self._report(reports, len(requests))
@@ -302,8 +299,9 @@ class Role:
     def _velocity(self, output: Tensor, request: Request) -> Tensor:
         return self.plugin.velocity(output.float(), request)
 
-    def _prepare(self, requests: Sequence[Request]) -> list[Request]:
-        return [self.plugin.inputs(self._on_device(request)) for request in requests]
+    def _collect(self, requests: Sequence[Request]) -> list[Request]:
+        """The requests that this rank's replica works on, on this rank's device."""
+        return [self._on_device(request) for request in self._exchange.collect(requests)]
 
     def _on_device(self, request: Request) -> Request:
         device = process.device()
@@ -328,23 +326,17 @@ class Role:
         return [{name: torch.tensor(value) for name, value in terms.items()} for terms in own]
 
     def _deliver(
-        self,
-        found: Sequence[Tensor],
-        work: Sequence[Request],
-        requests: Sequence[Request],
-        channels: int,
+        self, found: Sequence[Tensor], given: Sequence[Request], requests: Sequence[Request]
     ) -> list[Tensor]:
-        """The last stage's predictions of ``work`` as those of ``requests``, on every rank."""
-        results = list(found) if found else self._templates(work, channels)
+        """The last stage's predictions of ``given`` as those of ``requests``, on every rank."""
+        results = list(found) if found else self._templates(given)
         self._from_stage(results, self.mesh.dims.pp_size - 1)
-        return self._exchange.deliver(results, self._templates(requests, channels))
+        return self._exchange.deliver(results, self._templates(requests))
 
-    def _templates(self, requests: Sequence[Request], channels: int) -> list[Tensor]:
+    def _templates(self, requests: Sequence[Request]) -> list[Tensor]:
         """Empty fp32 tensors of the requests' latent shapes."""
-        shapes = [
-            (r.latents_BCTHW.shape[0], channels, *r.latents_BCTHW.shape[2:]) for r in requests
-        ]
-        return [torch.empty(shape, device=process.device()) for shape in shapes]
+        device = process.device()
+        return [torch.empty(r.latents_BCTHW.shape, device=device) for r in requests]
 
     def _from_stage(self, tensors: list[Tensor], stage: int) -> None:
         """Replace ``tensors`` by those of a pipeline stage, in one message."""

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from megagen.models.base import ModelPlugin, WeightStore
-from megagen.parallel.mesh import Mesh
 
 
 @torch.no_grad()
-def fill(plugin: ModelPlugin, chunks: Sequence[nn.Module], mesh: Mesh, store: WeightStore) -> None:
+def fill(
+    plugin: ModelPlugin, chunks: Sequence[nn.Module], tp_group: ProcessGroup, store: WeightStore
+) -> None:
     """Read every parameter of ``chunks``; a rank holds its shard and the tensor being read."""
-    part, num_parts = mesh.tp_rank, mesh.dims.tp_size
+    part, num_parts = tp_group.rank(), tp_group.size()
     for chunk in chunks:
         sources = plugin.weights(chunk)
         for name, parameter in chunk.named_parameters():
