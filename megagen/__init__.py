@@ -1,3 +1,3 @@
-"""megagen: train video diffusion transformers at Megatron scale and distil them into few-step generators."""
+"""megagen: train video diffusion transformers at Megatron scale, distil them to few steps."""
 
 __version__ = "0.1.0"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
 import sys
 import warnings
@@ -91,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; ``MegagenError`` becomes one paragraph on stderr and exit code 2."""
     args = list(sys.argv[1:] if argv is None else argv)
     wanted = next((a for a in args if not a.startswith("-")), None)
+    # asking whether CUDA is there must not start it: --nproc forks ranks afterwards
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     # megatron-core warns at import of what is not installed, and of names that torch is renaming
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -26,8 +26,8 @@ class ParallelDims:
             divide by tp x cp), ``all_gather`` (keys and values), ``p2p`` (ring), ``a2a+p2p``
             (Ulysses over ``cp_a2a_size`` ranks, ring over the rest).
         cp_a2a_size: Ulysses degree of ``a2a+p2p``; it divides ``cp_size``.
-        pipeline_layers: layers of each (virtual) stage in pipeline order, for uneven splits; None: even,
-            the first stages taking one more where the layers do not divide.
+        pipeline_layers: layers of each (virtual) stage in pipeline order, for uneven splits; None:
+            even, the first stages taking one more where the layers do not divide.
     """
 
     tp_size: int = 1

@@ -10,7 +10,6 @@ import datetime
 import os
 import socket
 import subprocess
-import tempfile
 from collections.abc import Mapping
 
 import torch
@@ -35,7 +34,7 @@ def init_distributed(
     Called again it does nothing.
 
     Args:
-        init_method: where the ranks meet; None: ``env://``, or a file of this process's own.
+        init_method: where the ranks meet; None: ``env://``, or nowhere for a process alone.
         timeout: how long a collective waits for its peers.
 
     Raises:
@@ -46,13 +45,15 @@ def init_distributed(
         os.environ.update(environment)
         has_cuda = torch.cuda.is_available()
         if has_cuda:
+            # Megatron's overlaps rely on kernels starting in the order they were launched in
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
             torch.cuda.set_device(process.device())
         alone = environment["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ
-        if init_method is None and alone:
-            init_method = f"file://{tempfile.mkdtemp(prefix='megagen_store_')}/store"
+        store = dist.HashStore() if init_method is None and alone else None
         dist.init_process_group(
             "nccl" if has_cuda else "gloo",
-            init_method=init_method or "env://",
+            init_method=None if store is not None else init_method or "env://",
+            store=store,
             rank=int(environment["RANK"]),
             world_size=int(environment["WORLD_SIZE"]),
             timeout=timeout,
