@@ -136,8 +136,8 @@ class Role:
 
         Args:
             requests: one micro-batch each.
-            loss_fn: (velocity, request) -> terms, on the last stage; the latents that it sees in the
-                request are constants.
+            loss_fn: (velocity, request) -> terms, on the last stage; the latents that it sees in
+                the request are constants.
         """
         given = self._pipeline.padded(self._collect(requests))
         leaves = [r.latents_BCTHW.detach().float().requires_grad_() for r in given]

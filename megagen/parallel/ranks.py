@@ -92,8 +92,8 @@ def spawn(
 ) -> int:
     """Run ``fn(*args)`` in ``num_ranks`` forked ranks, their output passing through.
 
-    SIGINT, SIGTERM, SIGHUP and SIGUSR1 are forwarded to the ranks; a second SIGINT kills them. One
-    rank's failure ends all of them.
+    SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 are forwarded to the ranks; a second SIGINT kills
+    them. One rank's failure ends all of them.
 
     Args:
         num_ranks: ranks.
@@ -274,7 +274,7 @@ def _forwarded_signals(ranks: list[multiprocessing.process.BaseProcess]) -> Iter
             if rank.pid is not None and rank.is_alive():
                 os.kill(rank.pid, signal.SIGKILL if is_second else number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from megagen.core.errors import ConfigError
+from megagen.engine.role import Role
+from megagen.engine.settings import RoleSettings
 from megagen.models.base import Request
+from megagen.models.wan import WanModel
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
 from megagen.parallel.mesh import Mesh
@@ -108,6 +111,60 @@ def check(found: list[Any], predictions: list[Tensor], gradients: list[Tensor]) 
         for ours, expected in zip(rank_gradients, gradients, strict=True):
             assert cases.relative(ours, expected) < 1e-5
         assert cases.relative(alone[0], predictions[2]) < 1e-5
+
+
+# -- what a plugin changes before and behind its network -----------------------------------------
+class Peculiar(WanModel):
+    """Wants latents halved and predicts the negative velocity, plus what went in."""
+
+    def inputs(self, request: Request) -> Request:
+        return request.with_(latents_BCTHW=0.5 * request.latents_BCTHW)
+
+    def velocity(self, prediction_BCTHW: Tensor, request: Request) -> Tensor:
+        return request.latents_BCTHW.detach() - prediction_BCTHW
+
+
+def peculiar_loss(velocity: Tensor, request: Request) -> dict[str, Tensor]:
+    """Of the clean latents, so that it must see the caller's request."""
+    clean = request.latents_BCTHW - request.timestep.view(-1, 1, 1, 1, 1) / 1000 * velocity
+    return {"loss": (clean - request.extra["target"]).square().mean()}
+
+
+def peculiar(weights: cases.Weights, dims: ParallelDims, schedule: str) -> Any:
+    plugin = Peculiar(cases.make_plugin().options)
+    settings = RoleSettings("student", dims, optimizer=cases.ADAMW, score_schedule=schedule)
+    store = cases.DictStore(weights)
+    role = Role.build(plugin, settings, data_layout=Mesh.build(dims), store=store)
+    requests = cases.make_requests(0)
+    predictions = role.predict(requests)
+    gradients = role.input_gradient(requests, peculiar_loss)
+    role.zero_grad()
+    if schedule == "hold":
+        role.forward_score_backward(requests, lambda v: v, lambda v, r, t: peculiar_loss(v, r))
+    else:
+        role.forward_backward(requests, peculiar_loss)
+    return predictions, gradients, role.step().grad_norm
+
+
+@pytest.mark.parametrize("schedule", ["replay", "hold"])
+@pytest.mark.parametrize("dims", [ParallelDims(pp_size=2), SP], ids=["pp2", "tp2_sp"])
+def test_losses_see_the_callers_request(dims: ParallelDims, schedule: str) -> None:
+    weights, *_ = reference()
+    plain = cases.PlainModel(weights)
+    predictions, gradients = [], []
+    for request in cases.make_requests(0):
+        leaf = request.latents_BCTHW.clone().requires_grad_()
+        velocity = request.latents_BCTHW - plain(request.with_(latents_BCTHW=0.5 * leaf))
+        loss = peculiar_loss(velocity, request)["loss"]
+        (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        (loss / cases.NUM_REQUESTS).backward()
+        predictions.append(velocity.detach())
+        gradients.append(gradient)
+    norm = plain.step()
+    for ours_v, ours_g, ours_norm in run_ranks(2, peculiar, weights, dims, schedule):
+        assert all(cases.relative(a, b) < 1e-5 for a, b in zip(ours_v, predictions, strict=True))
+        assert all(cases.relative(a, b) < 1e-5 for a, b in zip(ours_g, gradients, strict=True))
+        cases.close([ours_norm], [norm])
 
 
 # -- several backward passes in one update ------------------------------------------------------

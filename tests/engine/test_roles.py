@@ -20,7 +20,7 @@ from megagen.parallel.launch import run_ranks
 from megagen.parallel.mesh import Mesh
 from tests.engine import cases
 
-NUM_STEPS = 3
+NUM_STEPS = 2
 ADAMW = dataclasses.replace(cases.ADAMW, max_grad_norm=0.0, use_distributed_optimizer=False)
 PP2 = ParallelDims(pp_size=2)
 TP2_PP2 = ParallelDims(tp_size=2, pp_size=2)
