@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megagen.cli.main import main
+from tests.data.builders import write_clips
 from tests.trainer.synthetic import config_tree, write_config, write_dataset
 
 
@@ -151,3 +152,48 @@ def test_resuming_with_another_width_or_seed_is_refused(data: Path, tmp_path: Pa
         said = refused(capfd, "train", "--config", file, "--nproc", 2, *words)
         assert expected in said
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
+
+
+@pytest.fixture(scope="module")
+def wan_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny VAE of diffusers' own class, whose frame counts are 4n + 1."""
+    from diffusers import AutoencoderKLWan
+
+    folder = tmp_path_factory.mktemp("vae")
+    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    vae.save_pretrained(folder / "vae")
+    return folder
+
+
+def preprocess(folder: Path, output: Path, *words: object) -> tuple[object, ...]:
+    return (
+        *("preprocess", "--input-dir", folder, "--output-dir", output),
+        *("--text-encoder", "hashed", *words),
+    )
+
+
+def test_a_frame_count_that_is_not_4n_plus_1(wan_vae: Path, tmp_path: Path, capfd) -> None:
+    clips = write_clips(tmp_path / "clips", 3, torch.Generator().manual_seed(0))
+    codec = ("--codec", "wan_vae", "--codec.path", wan_vae, "--buckets", "8x24x32")
+    said = refused(capfd, *preprocess(clips, tmp_path / "out", *codec))
+    assert "8" in said and "5" in said and "9" in said  # found, and the nearest legal ones
+    assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_a_folder_of_truncated_videos(tmp_path: Path, capfd) -> None:
+    clips = write_clips(tmp_path / "clips", 3, torch.Generator().manual_seed(0))
+    for file in clips.glob("*.mp4"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    size = ("--codec", "space_to_depth", "--codec.patch", 4, "--buckets", "8x24x32")
+    said = refused(capfd, *preprocess(clips, tmp_path / "out", *size))
+    assert "clip" in said or "quarantine" in said
+    quarantine = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert len(quarantine) == 3 and all("mp4" in line for line in quarantine)
+
+
+def test_sample_from_what_is_no_model(tmp_path: Path, capfd) -> None:
+    (tmp_path / "empty").mkdir()
+    prompt = ("--prompt", "a three moving left", "--out", tmp_path / "out")
+    assert "config.json" in refused(capfd, "sample", "--model", tmp_path / "empty", *prompt)
+    assert "run.yaml" in refused(capfd, "sample", "--run", tmp_path / "empty", *prompt)
+    assert "--model" in refused(capfd, "sample", *prompt)
