@@ -24,9 +24,7 @@ def demo(
     num_samples: Annotated[int, typer.Option(min=20, help="Clips to sample and judge.")] = 640,
     num_train: Annotated[int, typer.Option(min=40, help="Training clips.")] = 2874,
     num_held_out: Annotated[int, typer.Option(min=100, help="Held-out clips.")] = 1440,
-    judge_epochs: Annotated[
-        int, typer.Option(min=1, help="Of the digit classifier.")
-    ] = 24,
+    judge_epochs: Annotated[int, typer.Option(min=1, help="Of the digit classifier.")] = 24,
 ) -> None:
     """Run the whole path on moving handwritten digits and write a report.
 
