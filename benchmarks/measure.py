@@ -68,6 +68,11 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
     """Write ``result`` with the machine and the versions beside it; returns the file."""
     path = RESULTS / machine() / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"machine": machine(), "python": platform.python_version(), "torch": torch.__version__}
+    facts = {
+        "machine": machine(),
+        "load_average": os.getloadavg()[0],  # beyond the cores in use: others were at work
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     path.write_text(json.dumps({**facts, **result}, indent=2) + "\n")
     return path
