@@ -39,6 +39,14 @@ class Command:
     takes_overrides: bool = False
 
 
+NOISE = (
+    ".*Apex",
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",
+    ".torch.distributed.*is deprecated",
+)
+"""Warnings of megatron-core at every start that say nothing to a user; ``megagen doctor`` does."""
+
 COMMANDS: dict[str, Command] = {
     "train": Command(
         "megagen.cli.train:train", "Train a model from a YAML config.", takes_overrides=True
@@ -92,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; ``MegagenError`` becomes one paragraph on stderr and exit code 2."""
     args = list(sys.argv[1:] if argv is None else argv)
     wanted = next((a for a in args if not a.startswith("-")), None)
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
     # asking whether CUDA is there must not start it: --nproc forks ranks afterwards
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     # megatron-core warns at import of what is not installed, and of names that torch is renaming
