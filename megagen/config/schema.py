@@ -87,7 +87,11 @@ class DistributedOptions(StrictOptions):
 
 
 class AttentionOptions(StrictOptions):
-    """``models.<role>.attention``: which implementation computes dense attention."""
+    """``models.<role>.attention``: how dense attention is computed.
+
+    Attributes:
+        backend: torch's ``sdpa``, ``flash`` (flash-attn, CUDA) or ``te`` (Transformer Engine, CUDA).
+    """
 
     backend: Literal["sdpa", "flash", "te"] = "sdpa"
 
@@ -131,7 +135,11 @@ class RoleOptions(StrictOptions):
 
 
 class Component(StrictOptions):
-    """A section with a ``_target_`` whose other keys belong to that class (method, callbacks)."""
+    """A section with a ``_target_`` whose other keys belong to that class (method, callbacks).
+
+    Attributes:
+        target: ``_target_``: the class, dotted or a short name.
+    """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=(), populate_by_name=True)
 
@@ -231,7 +239,14 @@ class CheckpointOptions(StrictOptions):
 
 
 class TrackerOptions(StrictOptions):
-    """``training.tracker``: where metrics go beside ``metrics.jsonl``."""
+    """``training.tracker``: where metrics go beside ``metrics.jsonl``.
+
+    Attributes:
+        trackers: ``tensorboard``, ``wandb``; one that fails is dropped with a warning.
+        project_name: of wandb.
+        run_name: of wandb; "": its own choice.
+        entity: of wandb.
+    """
 
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     project_name: str = "megagen"
@@ -240,7 +255,22 @@ class TrackerOptions(StrictOptions):
 
 
 class TrainingOptions(StrictOptions):
-    """``training``: layout, data, optimizer, loop, checkpoints, tracker."""
+    """``training``: everything that is not a network or an algorithm.
+
+    Attributes:
+        distributed: the run's layout.
+        data: dataset and batches.
+        optimizer: of every trained role.
+        loop: how long.
+        checkpoint: run folder and checkpoints.
+        tracker: where metrics go.
+        precision: bf16 keeps fp32 masters in the optimizer; roles may choose their own.
+        recompute: activations computed again in the backward pass: none, selective (core attention
+            and the feed-forward's activation), full (whole blocks).
+        score_schedule: how losses that need a role's own prediction meet pipeline stages: replay
+            repeats its forward pass, hold keeps all micro-batches' graphs.
+        seed: of every random number of the run.
+    """
 
     distributed: DistributedOptions = DistributedOptions()
     data: DataOptions
@@ -272,7 +302,15 @@ class PipelineOptions(StrictOptions):
 
 
 class RunConfig(StrictOptions):
-    """A whole run."""
+    """A whole run.
+
+    Attributes:
+        models: networks by role name; ``student`` is the one that is trained.
+        method: the algorithm.
+        training: layout, data, optimizer, loop, checkpoints.
+        callbacks: ema, grad_clip, validation, or classes of your own by ``_target_``.
+        pipeline: timestep shift, codec and text encoder.
+    """
 
     models: dict[str, RoleOptions]
     method: Component
