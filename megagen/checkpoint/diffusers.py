@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megagen.checkpoint.fill import fill
 from megagen.checkpoint.store import STEM, DiffusersStore, InitialStore, check_weights
 from megagen.checkpoint.writer import DirectoryWriter
 from megagen.core import process
 from megagen.core.errors import CheckpointError
-from megagen.engine.weights import fill
 from megagen.models.base import ModelPlugin, WeightSource, WeightStore
 
 __all__ = ["DiffusersStore", "InitialStore", "check_weights", "load_weights", "save_weights"]

@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,7 +78,7 @@ def run_training(config: Any, *, ranks: int, fork: bool, dry_run: bool = False) 
     if int(os.environ.get("RANK", "0")) == 0:
         print(describe(config, plugins, ranks, shape, text_len), file=sys.stderr)
     if fork:
-        code = start_ranks(ranks, _train_here, config, plugins)
+        code = start_ranks(ranks, _train_here, config, plugins, timeout=_timeout(config))
     else:
         from megagen.parallel.launch import init_distributed
 
@@ -87,8 +88,15 @@ def run_training(config: Any, *, ranks: int, fork: bool, dry_run: bool = False) 
         raise SystemExit(code)
 
 
-def start_ranks(num_ranks: int, fn: Callable[..., int], *args: Any) -> int:
+def start_ranks(
+    num_ranks: int, fn: Callable[..., int], *args: Any, timeout: timedelta = timedelta(minutes=30)
+) -> int:
     """Fork ranks that run ``fn``; a ``MegagenError`` is printed by the first rank that meets it.
+
+    Args:
+        num_ranks: ranks.
+        fn: called with ``args`` in each, returns an exit code.
+        timeout: how long a collective waits for its peers.
 
     Returns:
         The exit code: 0, an error's own, or a failed rank's.
@@ -96,7 +104,8 @@ def start_ranks(num_ranks: int, fn: Callable[..., int], *args: Any) -> int:
     from megagen.parallel.launch import spawn
 
     with tempfile.TemporaryDirectory(prefix="megagen_") as folder:
-        return spawn(num_ranks, _guarded, Path(folder) / "said", fn, args)
+        said = Path(folder) / "said"
+        return spawn(num_ranks, _guarded, said, fn, args, collective_timeout=timeout)
 
 
 def _guarded(said: Path, fn: Callable[..., int], args: tuple[Any, ...]) -> int:
@@ -124,7 +133,5 @@ def _train_here(config: Any, plugins: Any) -> int:
     return 0
 
 
-def _timeout(config: Any) -> Any:
-    from datetime import timedelta
-
+def _timeout(config: Any) -> timedelta:
     return timedelta(minutes=config.training.distributed.timeout_minutes)

@@ -90,7 +90,8 @@ class AttentionOptions(StrictOptions):
     """``models.<role>.attention``: how dense attention is computed.
 
     Attributes:
-        backend: torch's ``sdpa``, ``flash`` (flash-attn, CUDA) or ``te`` (Transformer Engine, CUDA).
+        backend: torch's ``sdpa``; on CUDA also ``flash`` (flash-attn) or ``te`` (Transformer
+            Engine).
     """
 
     backend: Literal["sdpa", "flash", "te"] = "sdpa"

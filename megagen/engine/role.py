@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megagen.checkpoint.fill import fill
 from megagen.core import process
 from megagen.core.log import warn_once
 from megagen.engine import build, modes, state
@@ -22,7 +23,6 @@ from megagen.engine.exchange import Exchange
 from megagen.engine.optimizer import Optimizer, StepInfo
 from megagen.engine.schedule import Pipeline
 from megagen.engine.settings import EMASettings, OptimizerSettings, RoleSettings
-from megagen.engine.weights import fill
 from megagen.models.base import ModelPlugin, Request, WeightStore
 from megagen.parallel.mesh import Mesh
 

@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import torch.distributed as dist
 from megagen.core import process
 from megagen.core.errors import MegagenError
 
+DEFAULT_TIMEOUT = timedelta(minutes=30)
 GRACE_S = 2.0
 """How long the other ranks may go on after one has failed."""
 POLL_S = 0.02
@@ -88,7 +90,11 @@ def run_ranks(
 
 
 def spawn(
-    num_ranks: int, fn: Callable[..., int | None], *args: Any, threads: int | None = None
+    num_ranks: int,
+    fn: Callable[..., int | None],
+    *args: Any,
+    threads: int | None = None,
+    collective_timeout: timedelta = DEFAULT_TIMEOUT,
 ) -> int:
     """Run ``fn(*args)`` in ``num_ranks`` forked ranks, their output passing through.
 
@@ -100,13 +106,14 @@ def spawn(
         fn: called in each rank, after ``init_distributed``; returns an exit code (None: 0).
         args: its arguments, inherited by the fork.
         threads: torch threads of each rank; None: the cores shared out.
+        collective_timeout: how long a collective waits for its peers.
 
     Returns:
         An exit code: that of the first rank that failed (128 + signal where it was killed), else 0.
     """
     threads = threads or max(1, len(os.sched_getaffinity(0)) // num_ranks)
     folder = Path(tempfile.mkdtemp(prefix="megagen_ranks_"))
-    ranks = _fork(num_ranks, _started_rank, folder, threads, fn, args)
+    ranks = _fork(num_ranks, _started_rank, folder, threads, fn, args, collective_timeout)
     try:
         with _forwarded_signals(ranks):
             _, dead = _watch(ranks, None)
@@ -201,12 +208,16 @@ def _tested_rank(rank: int, folder: Path, fn: Callable[..., Any], args: tuple[An
 
 
 def _started_rank(
-    rank: int, folder: Path, fn: Callable[..., int | None], args: tuple[Any, ...]
+    rank: int,
+    folder: Path,
+    fn: Callable[..., int | None],
+    args: tuple[Any, ...],
+    collective_timeout: timedelta,
 ) -> int:
     from megagen.parallel.launch import init_distributed, shutdown
 
     try:
-        init_distributed(init_method=f"file://{folder}/store")
+        init_distributed(init_method=f"file://{folder}/store", timeout=collective_timeout)
         code = fn(*args) or 0
         if code == 0:
             shutdown()
