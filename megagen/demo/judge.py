@@ -182,7 +182,7 @@ def frechet_distance(a_MF: Tensor, b_MF: Tensor) -> float:
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     cross = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
     distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
-    return distance.item()
+    return max(distance.item(), 0.0)  # rounding can leave a little less than nothing
 
 
 def _root(matrix: Tensor) -> Tensor:

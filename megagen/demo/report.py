@@ -81,7 +81,7 @@ def print_table(result: DemoResult) -> None:
     from rich.table import Table
 
     figures = Table(title="Moving digits", title_justify="left")
-    figures.add_column("clips")
+    figures.add_column("", no_wrap=True)
     for title, _, _ in _COLUMNS:
         figures.add_column(title, justify="right")
     for title, cells in _rows(result.verdicts):
