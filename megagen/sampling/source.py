@@ -34,7 +34,7 @@ from megagen.data.text import build_text_encoder
 from megagen.engine.role import Role, RoleSettings
 from megagen.models import MODELS
 from megagen.models.base import ModelPlugin, WeightStore
-from megagen.models.hub import read_json
+from megagen.models.hub import local_directory, read_json
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.mesh import Mesh
 from megagen.sampling.pipeline import VideoPipeline
@@ -95,7 +95,7 @@ def from_directory(path: str, spec_from: Path | None = None, family: str = "wan"
         CheckpointError: the directory is not one of these.
         ConfigError: nothing says how to decode.
     """
-    root = Path(path)
+    root = local_directory(path, ["*.json", "*/*"], where="--model")
     experts: list[str | None] = [None]
     if (root / "transformer_2" / "config.json").is_file():
         experts = ["high", "low"]
@@ -103,7 +103,7 @@ def from_directory(path: str, spec_from: Path | None = None, family: str = "wan"
     cls = resolve(family, MODELS, where="family")
     plugins = []
     for expert in experts:
-        keys: dict[str, Any] = {"init_from": path, "expert": expert}
+        keys: dict[str, Any] = {"init_from": str(root), "expert": expert}
         if spec is not None and spec.flow_shift is not None:
             keys["flow_shift"] = spec.flow_shift
         plugins.append(cls(parse_options(cls.Options, keys, "model"), where="model"))
@@ -113,7 +113,7 @@ def from_directory(path: str, spec_from: Path | None = None, family: str = "wan"
         plugins,
         [plugin.directory for plugin in plugins],
         spec,
-        clip_vision=ClipVisionOptions(path=path) if clip else None,
+        clip_vision=ClipVisionOptions(path=str(root)) if clip else None,
     )
 
 

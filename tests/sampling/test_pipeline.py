@@ -204,6 +204,11 @@ def test_a_directory_without_codec_says_what_to_give(model_dir: Path) -> None:
         source.from_directory(str(model_dir))
 
 
+def test_a_model_that_is_nowhere_is_named() -> None:
+    with pytest.raises(CheckpointError, match="no/where/at-all"):
+        source.from_directory("no/where/at-all")
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"run\.yaml"):
         source.from_run(tmp_path)
