@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megagen.callbacks.base import Callback
 from megagen.core import process
@@ -68,6 +68,12 @@ class ValidationOptions(StrictOptions):
     batch_size: int = Field(4, ge=1)
     fps: float | None = Field(None, gt=0)
 
+    @model_validator(mode="after")
+    def _has_prompts(self) -> ValidationOptions:
+        if not self.prompts and self.prompts_file is None:
+            raise ValueError("names no prompt: give prompts or prompts_file")
+        return self
+
 
 class ValidationCallback(Callback):
     """Samples ``prompts`` with the student."""
@@ -78,12 +84,6 @@ class ValidationCallback(Callback):
         super().__init__(options)
         self.settings = options
         self.prompts = [*options.prompts, *_read_lines(options.prompts_file)]
-        if not self.prompts:
-            raise ConfigError(
-                "names no prompt.",
-                remedy="Give prompts or prompts_file.",
-                where="callbacks.validation",
-            )
         self._pipeline: VideoPipeline | None = None
         self._fps = options.fps or 16.0
         self._size: tuple[int, int, int] | None = None
