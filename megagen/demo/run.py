@@ -182,12 +182,13 @@ def export(out: Path) -> tuple[VideoPipeline, float]:
     from megagen.checkpoint.diffusers import save_weights
     from megagen.parallel.dims import ParallelDims
     from megagen.parallel.launch import init_distributed
-    from megagen.sampling.source import build_pipeline, from_run, write_spec
+    from megagen.sampling.source import SPEC, build_pipeline, from_run, write_spec
 
     init_distributed()
     source = from_run(out / "sft")
     pipeline = build_pipeline(source, ParallelDims())
     role = pipeline.roles[0]
+    (out / "teacher" / SPEC).unlink(missing_ok=True)  # an earlier run's; the rest is replaced whole
     save_weights(role.plugin, role.chunks, role.mesh, out / "teacher")
     spec = source.spec.model_copy(
         update={"fps": digits.VIDEO_FPS, "flow_shift": role.plugin.flow_shift}

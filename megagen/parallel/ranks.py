@@ -105,13 +105,13 @@ def spawn(
         num_ranks: ranks.
         fn: called in each rank, after ``init_distributed``; returns an exit code (None: 0).
         args: its arguments, inherited by the fork.
-        threads: torch threads of each rank; None: the cores shared out.
+        threads: torch threads of each rank; None: the cores shared out, at most OMP_NUM_THREADS.
         collective_timeout: how long a collective waits for its peers.
 
     Returns:
         An exit code: that of the first rank that failed (128 + signal where it was killed), else 0.
     """
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    threads = threads or _threads_per_rank(num_ranks)
     folder = Path(tempfile.mkdtemp(prefix="megagen_ranks_"))
     ranks = _fork(num_ranks, _started_rank, folder, threads, fn, args, collective_timeout)
     try:
@@ -124,6 +124,12 @@ def spawn(
     first = dead[0] if dead else 0
     code = codes[first] or 0
     return 128 - code if code < 0 else code
+
+
+def _threads_per_rank(num_ranks: int) -> int:
+    share = len(os.sched_getaffinity(0)) // num_ranks
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(share, int(limit) if limit.isdigit() else share))
 
 
 def _fork(

@@ -14,6 +14,7 @@ import yaml
 
 from megagen.data.video import read_video
 from megagen.demo import clips as clip_sets
+from megagen.demo.run import export
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
 from megagen.sampling import source
@@ -76,6 +77,16 @@ def test_the_exported_directory_samples_like_the_run_under_tensor_parallelism(jo
     by_directory = run_ranks(1, sampled, str(job / "teacher"), None, ParallelDims())[0]
     by_run = run_ranks(2, sampled, None, job / "sft", ParallelDims(tp_size=2))[0]
     assert (by_directory.int() - by_run.int()).abs().max() <= 1
+
+
+def test_a_second_export_replaces_the_first(job: Path) -> None:
+    before = (job / "teacher" / source.SPEC).read_text()
+    assert run_ranks(1, exported, job)[0] < 1e-5
+    assert (job / "teacher" / source.SPEC).read_text() == before
+
+
+def exported(out: Path) -> float:
+    return export(out)[1]
 
 
 def sampled(model: str | None, run: Path | None, dims: ParallelDims) -> torch.Tensor:
