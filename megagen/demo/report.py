@@ -57,9 +57,12 @@ class DemoResult:
 
 
 def write_report(result: DemoResult, folder: Path) -> None:
-    """Write ``folder/report.html`` and ``folder/metrics.json``."""
+    """Write ``folder/report.html``, ``metrics.json`` and ``clips.gif`` (sampled left, real right)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.html").write_text(render(result), encoding="utf-8")
+    sides = [grid(clips.frames_NTHW) for clips in (result.sampled, result.real)]
+    gap = torch.full((len(sides[0]), sides[0].shape[1], 6), 110, dtype=torch.uint8)
+    (folder / "clips.gif").write_bytes(gif(torch.cat([sides[0], gap, sides[1]], dim=2), scale=2))
     (folder / "metrics.json").write_text(json.dumps(metrics(result), indent=2) + "\n")
 
 
@@ -152,9 +155,15 @@ def grid(frames_NTHW: Tensor, columns: int = len(WORDS)) -> Tensor:
 
 def gif_uri(frames_NTHW: Tensor) -> str:
     """All clips in one looping GIF, as a ``data:`` address."""
+    return f"data:image/gif;base64,{base64.b64encode(gif(grid(frames_NTHW))).decode()}"
+
+
+def gif(levels_THW: Tensor, scale: int = 1) -> bytes:
+    """Grey uint8 frames as a looping GIF, each pixel ``scale`` by ``scale``."""
     from PIL import Image
 
-    stills = [Image.fromarray(still.numpy(), mode="L") for still in grid(frames_NTHW)]
+    larger = levels_THW.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    stills = [Image.fromarray(still.numpy(), mode="L") for still in larger]
     out = io.BytesIO()
     stills[0].save(
         out,
@@ -164,7 +173,7 @@ def gif_uri(frames_NTHW: Tensor) -> str:
         duration=round(1000 / VIDEO_FPS),
         loop=0,
     )
-    return f"data:image/gif;base64,{base64.b64encode(out.getvalue()).decode()}"
+    return out.getvalue()
 
 
 def loss_svg(losses: Sequence[float], width: int = 720, height: int = 260) -> str:
