@@ -57,7 +57,7 @@ class DemoResult:
 
 
 def write_report(result: DemoResult, folder: Path) -> None:
-    """Write ``folder/report.html``, ``metrics.json`` and ``clips.gif`` (sampled left, real right)."""
+    """Write ``report.html``, ``metrics.json`` and ``clips.gif`` (sampled left, real right)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.html").write_text(render(result), encoding="utf-8")
     sides = [grid(clips.frames_NTHW) for clips in (result.sampled, result.real)]
