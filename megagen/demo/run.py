@@ -73,7 +73,7 @@ class DemoOptions:
     num_held_out: int = 1440
     num_samples: int = 640
     sampling_steps: tuple[int, ...] = (16, 4)
-    guidance_scale: float = 2.0
+    guidance_scale: float = 2.5
     judge_epochs: int = 24
     seed: int = 0
 
