@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megagen.builder import build_plugins, check
 from megagen.cli.train import run_training
@@ -54,9 +56,14 @@ def train(
     return output
 
 
-def videos(output: Path) -> dict[str, torch.Tensor]:
-    files = sorted((output / "validation").rglob("*.mp4"))
-    return {str(f.relative_to(output)): read_video(f)[0] for f in files}
+def grids(output: Path) -> dict[str, torch.Tensor]:
+    """Every frame of every video, without loss (mp4 would blow up a level's difference)."""
+    files = sorted((output / "validation").rglob("*_grid.png"))
+    return {str(f.relative_to(output)): pixels(f) for f in files}
+
+
+def pixels(file: Path) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(Image.open(file)).astype(np.int16))
 
 
 @pytest.mark.parametrize("distributed", [{"cp_size": 2}, {"pp_size": 2}, {}])
@@ -65,14 +72,15 @@ def test_the_same_videos_under_every_layout(
 ) -> None:
     one = train(data, tmp_path / "one", 1)
     two = train(data, tmp_path / "two", 2, distributed=distributed)
-    expected, found = videos(one), videos(two)
-    assert expected.keys() == found.keys()
+    expected, found = grids(one), grids(two)
     # start, step 1, step 2, each with two solver lengths
-    assert len(found) == 3 * 2 * len(PROMPTS)
-    assert len(list((two / "validation").rglob("*_grid.png"))) == 6
-    for name, video in expected.items():
-        assert video.shape == (8, 24, 32, 3)
-        assert (video.float() - found[name].float()).abs().mean() < 1.0, name
+    assert expected.keys() == found.keys() and len(found) == 6
+    for name, grid in expected.items():
+        assert (grid - found[name]).abs().max() <= 1, name
+        assert grid.float().std() > 20  # there is something to see
+    files = sorted((two / "validation").rglob("*.mp4"))
+    assert len(files) == 6 * len(PROMPTS)
+    assert read_video(files[0])[0].shape == (8, 24, 32, 3)
     # sampling in between changes nothing of the training
     assert curve(read_metrics(two)) == pytest.approx(curve(read_metrics(one)), rel=1e-5)
 
@@ -80,13 +88,11 @@ def test_the_same_videos_under_every_layout(
 def test_a_run_starts_from_another_runs_weights(data: Path, tmp_path: Path) -> None:
     first = train(data, tmp_path / "first", 2, distributed={"tp_size": 2})
     second = train(data, tmp_path / "second", 1, init_from=first)
-    continued = videos(second)
     # the second begins with the first's weights (not its average): compare with use_ema off
     plain = train(data, tmp_path / "plain", 1, validation={"use_ema": False})
-    last = "validation/step_00000002/steps_3_video_000.mp4"
-    start = "validation/step_00000000/steps_3_video_000.mp4"
-    difference = (videos(plain)[last].float() - continued[start].float()).abs().mean()
-    assert difference < 1.0
+    last = grids(plain)["validation/step_00000002/steps_3_grid.png"]
+    start = grids(second)["validation/step_00000000/steps_3_grid.png"]
+    assert (last - start).abs().max() <= 1
 
 
 def test_validation_needs_a_prompt(data: Path, tmp_path: Path) -> None:
