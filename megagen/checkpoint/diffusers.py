@@ -108,7 +108,11 @@ def _refusal(directory: Path) -> str | None:
         return None
     if not directory.is_dir():
         return "is a file."
-    other = [f.name for f in directory.iterdir() if not re.match(rf"config\.json|{STEM}", f.name)]
+    other = [
+        f.name
+        for f in directory.iterdir()
+        if not re.match(rf"config\.json|sampling\.json|{STEM}", f.name)
+    ]
     return (
         f"holds {other[0]!r}, which is no part of the weights; it is left alone." if other else None
     )

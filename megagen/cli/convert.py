@@ -51,7 +51,25 @@ def to_diffusers(
             int(max_shard_gb * 10**9),
         )
     )
+    _write_spec(checkpoint, target, base)
     print(target)
+
+
+def _write_spec(checkpoint: Path, target: Path, base: Path | None) -> None:
+    """``sampling.json``, so that ``megagen sample --model`` knows codec and text encoder."""
+    from megagen.checkpoint.state import read_trainer
+    from megagen.checkpoint.weights import find_checkpoint
+    from megagen.config.schema import RunConfig
+    from megagen.core.options import parse_options
+    from megagen.sampling.source import run_spec, write_spec
+
+    found = find_checkpoint(checkpoint)
+    config = read_trainer(found, hashes=False).config if found is not None else {}
+    if base is not None or not config:
+        return  # a pipeline brings its own parts; converted weights say nothing
+    spec = run_spec(parse_options(RunConfig, config, str(found)))
+    if spec is not None:
+        write_spec(target, spec)
 
 
 @convert.command("from-diffusers")

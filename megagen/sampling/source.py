@@ -135,7 +135,7 @@ def from_run(run: Path, step: int | None = None, spec_from: Path | None = None) 
     shift = role.flow_shift or config.pipeline.flow_shift
     keys = {**role.model_options(), "flow_shift": shift}
     plugin = cls(parse_options(cls.Options, keys, "models.student"), where="models.student")
-    spec = read_spec(spec_from) if spec_from else _run_spec(config)
+    spec = read_spec(spec_from) if spec_from else run_spec(config)
     if spec is None:
         raise _no_spec(spec_from or path)
     return Source([plugin], [], spec, checkpoint=find_checkpoint(run, step))
@@ -227,7 +227,7 @@ def _pipeline_spec(root: Path) -> SamplingSpec:
     )
 
 
-def _run_spec(config: RunConfig) -> SamplingSpec | None:
+def run_spec(config: RunConfig) -> SamplingSpec | None:
     """The specs of the run's config, else of its dataset."""
     data = next(iter(config.training.data.sources()), None)
     spec = read_spec(Path(data)) if data else None

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from megagen.builder import build_plugins, check
+from megagen.cli.convert import convert
 from megagen.cli.train import run_training
 from megagen.config.load import load_run_config
 from megagen.core.errors import ConfigError
 from megagen.data.preprocess import preprocess, preprocess_options
 from megagen.data.video import read_video
+from megagen.sampling.source import read_spec
 from tests.data.builders import options, write_clips
 from tests.trainer.synthetic import config_tree, write_config
 from tests.trainer.test_runs import curve, read_metrics
@@ -93,6 +96,16 @@ def test_a_run_starts_from_another_runs_weights(data: Path, tmp_path: Path) -> N
     last = grids(plain)["validation/step_00000002/steps_3_grid.png"]
     start = grids(second)["validation/step_00000000/steps_3_grid.png"]
     assert (last - start).abs().max() <= 1
+
+
+def test_an_exported_run_says_how_to_sample_it(data: Path, tmp_path: Path) -> None:
+    output = train(data, tmp_path / "run", 1)
+    target = tmp_path / "exported"
+    words = ["to-diffusers", "--checkpoint", str(output), "--output", str(target)]
+    assert CliRunner().invoke(convert, words, catch_exceptions=False).exit_code == 0
+    spec = read_spec(target)
+    assert spec is not None and (spec.num_frames, spec.height, spec.width) == (8, 24, 32)
+    assert spec.codec["name"] == "space_to_depth" and spec.text_encoder["name"] == "hashed"
 
 
 def test_validation_needs_a_prompt(data: Path, tmp_path: Path) -> None:
