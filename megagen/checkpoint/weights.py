@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -88,7 +89,10 @@ class CheckpointStore:
         stored = self._stored[key]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         reader = dcp.FileSystemReader(str(self.directory / "state"))
-        dcp.load({key: tensor}, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            # one process reading by itself is what is meant
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load({key: tensor}, storage_reader=reader, no_dist=True)
         return tensor
 
 
