@@ -35,7 +35,14 @@ BATCH = 2
 NUM_REQUESTS = 4
 """Micro-batches of one update, over all data ranks."""
 ADAMW = OptimizerSettings(
-    learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=0.5, total_steps=100
+    # Adam divides by the gradient's own size: with the usual eps an element whose gradient is mere
+    # rounding moves by a whole step, either way
+    learning_rate=1e-2,
+    betas=(0.9, 0.95),
+    eps=1e-4,
+    weight_decay=0.1,
+    max_grad_norm=0.5,
+    total_steps=100,
 )
 
 Weights = Mapping[str, Tensor]
