@@ -18,7 +18,7 @@ from megagen.core.errors import SetupError, suggest
 from megagen.layers.linear import column_linear, row_linear
 from megagen.layers.norm import HeadsRMSNorm, norm_heads
 from megagen.layers.tokens import TokenShard
-from megagen.parallel.context import context_attention
+from megagen.parallel.context import Attend, context_attention
 from megagen.parallel.dims import CPCommType
 
 
@@ -118,7 +118,7 @@ class SelfAttention(nn.Module):
         """``[S_local, B, D]`` to the same; ``cos`` and ``sin`` are of the CP rank's tokens."""
         qkv = self.linear_qkv(hidden_SBD)
         weights = (self.norm_q.weight, self.norm_k.weight)
-        core = partial(self._core, num_tokens=shard.num_tokens)
+        core = partial(self._core, shard=shard)
         if self.recompute and qkv.requires_grad:
             out = tensor_parallel.checkpoint(core, False, qkv, *weights, cos, sin)
         else:
@@ -133,24 +133,27 @@ class SelfAttention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         *,
-        num_tokens: int,
+        shard: TokenShard,
     ) -> Tensor:
         q, k, v = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(3)
         weights = (weight_q, weight_k)
         q, k = norm_heads([q, k], weights, eps=self.eps, tp_group=self.pg.tp, cos=cos, sin=sin)
+        return self._mix(q, k, v, shard, self.attend).flatten(2)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, shard: TokenShard, attend: Attend) -> Tensor:
+        """``attend`` over the tokens of all CP ranks: ``[S / cp, B, N, K]`` to the same."""
         a2a_group, ring_group = self.pg.hcp if self.comm_type == "a2a+p2p" else (None, None)
-        out = context_attention(
+        return context_attention(
             q,
             k,
             v,
-            num_tokens=num_tokens,
+            num_tokens=shard.num_tokens,
             group_cp=self.pg.cp,
             comm_type=self.comm_type,
             a2a_group=a2a_group,
             ring_group=ring_group,
-            attend=self.attend,
+            attend=attend,
         )
-        return out.flatten(2)
 
 
 class CrossAttention(nn.Module):

@@ -33,12 +33,15 @@ class Request:
             what the family adds (``image_embeds_BLD``, ``condition_latents_BCTHW``...).
         extra: whatever a loss function wants beside (targets, weights); the engine does not read
             it.
+        cache: what a causal network keeps of the frames before these, as ``Role.extend_cache``
+            gave it; None: these frames are the first.
     """
 
     latents_BCTHW: Tensor
     timestep: Tensor
     condition: Mapping[str, Tensor]
     extra: Mapping[str, Any] = field(default_factory=dict)
+    cache: Any = None
 
     def with_(self, **changes: Any) -> Request:
         """A copy with some fields replaced."""

@@ -12,6 +12,7 @@ timestep rows, K head dim.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -76,12 +77,20 @@ class ConditionEmbedder(nn.Module):
 class WanBlock(nn.Module):
     """One transformer block on this rank's tokens and heads."""
 
-    def __init__(self, config: Any, arch: WanArchitecture, pg: Any, *, backend: str) -> None:
+    def __init__(
+        self,
+        config: Any,
+        arch: WanArchitecture,
+        pg: Any,
+        *,
+        backend: str,
+        attention: Callable[..., SelfAttention] = SelfAttention,
+    ) -> None:
         super().__init__()
         sharded = config.sequence_parallel
         size, self.eps = arch.hidden_size, arch.eps
         self.scale_shift_table = ModulationTable(6, size, sequence_parallel=sharded)
-        self.attn1 = SelfAttention(config, pg, backend=backend, eps=arch.eps)
+        self.attn1 = attention(config, pg, backend=backend, eps=arch.eps)
         self.attn2 = CrossAttention(
             config, pg, backend=backend, eps=arch.eps, has_image=arch.added_kv_proj_dim is not None
         )
@@ -156,9 +165,7 @@ class WanTransformer(MegatronModule):
             parameter.pipeline_parallel = True  # type: ignore[attr-defined]
             if not pre_process:
                 parameter.shared = True  # type: ignore[attr-defined]
-        self.blocks = nn.ModuleDict(
-            {str(i): WanBlock(config, arch, pg, backend=attention_backend) for i in layers}
-        )
+        self.blocks = nn.ModuleDict({str(i): self.make_block(i, attention_backend) for i in layers})
         if post_process:
             out_features = arch.out_channels * arch.patch_volume
             self.scale_shift_table = ModulationTable(
@@ -166,6 +173,10 @@ class WanTransformer(MegatronModule):
             )
             self.proj_out = ReplicatedLinear(size, out_features, dtype=dtype)
             mark_sequence_parallel(self.proj_out.parameters(), config.sequence_parallel)
+
+    def make_block(self, layer: int, attention_backend: str) -> WanBlock:
+        """Block ``layer``, uninitialised."""
+        return WanBlock(self.config, self.arch, self.pg, backend=attention_backend)
 
     def set_input_tensor(self, tensor: Any) -> None:
         """Hidden states of the stage before (Megatron wraps them in a list)."""
@@ -175,11 +186,11 @@ class WanTransformer(MegatronModule):
         """Hidden states ``[S_local, B, D]``, or on the last chunk ``[B, C, T, H, W]``."""
         latents = request.latents_BCTHW
         grid = token_grid(latents.shape, self.arch.patch_size)
-        shard = self.shard(grid)
+        shard = self.request_shard(request, grid)
         embedding, modulation, rows_S = self._timestep(request.timestep, grid, shard)
         text = self.condition_embedder.text(request.condition)
         image = self.condition_embedder.image(request.condition)
-        cos, sin = self.rope.tables(grid, shard.context, latents.device)
+        cos, sin = self.rotation(grid, shard, latents.device)
         if self.pre_process:
             tokens = _take(patchify(latents, self.arch.patch_size), shard.own)
             hidden = self.patch_embedding(tokens.to(self.config.params_dtype))
@@ -200,6 +211,16 @@ class WanTransformer(MegatronModule):
         cp, tp = self.pg.cp, self.pg.tp
         sp_size, sp_rank = (tp.size(), tp.rank()) if self.is_sequence_parallel else (1, 0)
         return TokenShard(grid[0] * grid[1] * grid[2], cp.size(), cp.rank(), sp_size, sp_rank)
+
+    def request_shard(self, request: Request, grid: tuple[int, int, int]) -> TokenShard:
+        """The request's tokens of this rank."""
+        return self.shard(grid)
+
+    def rotation(
+        self, grid: tuple[int, int, int], shard: TokenShard, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """``cos`` and ``sin`` of the CP rank's tokens."""
+        return self.rope.tables(grid, shard.context, device)
 
     def _timestep(
         self, timestep: Tensor, grid: tuple[int, int, int], shard: TokenShard
