@@ -46,6 +46,7 @@ def sections() -> list[tuple[str, str, type[BaseModel]]]:
     found: list[tuple[str, str, type[BaseModel]]] = [
         ("models.&lt;role&gt;", "One network; a run has one or several.", schema.RoleOptions),
         ("models.&lt;role&gt;.attention", "", schema.AttentionOptions),
+        ("models.&lt;role&gt;.optimizer", "", schema.RoleOptimizerOptions),
     ]
     for name, target in MODELS.items():
         options = resolve(target).Options
@@ -138,6 +139,8 @@ def type_of(annotation: Any) -> str:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is type(None):
         return "null"
+    if origin is typing.Annotated:
+        return type_of(inner[0])
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in inner)
     if origin in (UnionType, typing.Union):

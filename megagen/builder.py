@@ -21,7 +21,7 @@ from megagen.data.loader import Loader
 from megagen.engine.role import Role
 from megagen.engine.settings import EMASettings, OptimizerSettings, RoleSettings
 from megagen.methods import METHODS
-from megagen.methods.base import TrainingMethod
+from megagen.methods.base import RunFacts, TrainingMethod
 from megagen.models import MODELS
 from megagen.models.base import ModelPlugin, WeightStore
 from megagen.parallel.mesh import Mesh
@@ -84,16 +84,42 @@ def check(config: RunConfig, plugins: Mapping[str, ModelPlugin], world_size: int
         ConfigError: names the key, the value and what would be right.
     """
     cls = method_class(config)
-    parse_options(cls.Options, config.method.own_options(), "method")
+    options = parse_options(cls.Options, config.method.own_options(), "method")
+    cls.check(options, plugins)
+    _check_trained(config, cls)
+    _check_latents(config, cls.needs_latents(options))
     for name in config.callbacks:
         _callback_options(config, name)
     _check_ranks(config, world_size)
     for name, plugin in plugins.items():
+        if config.models[name].trainable:
+            optimizer_settings(config, name)
         distributed = config.role_distributed(name)
         owner = f"models.{name}" if config.models[name].distributed else "training"
         distributed.dims().dp_size(world_size)
         plugin.check(distributed.dims(), f"{owner}.distributed")
     _check_batches(config, world_size)
+
+
+def _check_trained(config: RunConfig, cls: type[TrainingMethod]) -> None:
+    for name, role in config.models.items():
+        wanted = name in cls.trained_roles
+        if role.trainable != wanted:
+            raise ConfigError(
+                f"is {str(role.trainable).lower()}, but {cls.__name__} "
+                f"{'trains' if wanted else 'does not train'} this role.",
+                remedy=f"Set it to {str(wanted).lower()}.",
+                where=f"models.{name}.trainable",
+            )
+
+
+def _check_latents(config: RunConfig, needed: bool) -> None:
+    if needed and config.training.data.is_text_only:
+        raise ConfigError(
+            "is text_only, but this method works on the dataset's latents.",
+            remedy="Use a dataset with latents, or options of the method that need none.",
+            where="training.data.preprocessed_data_type",
+        )
 
 
 def _check_ranks(config: RunConfig, world_size: int) -> None:
@@ -147,7 +173,11 @@ def build_run(config: RunConfig, plugins: Mapping[str, ModelPlugin]) -> Run:
     }
     cls = method_class(config)
     options = parse_options(cls.Options, config.method.own_options(), "method")
-    method = cls(roles, options, streams)
+    facts = RunFacts(
+        output_dir=Path(config.training.checkpoint.output_dir),
+        unconditional=loader.dataset.unconditional,
+    )
+    method = cls(roles, options, streams, facts)
     callbacks = {
         name: _build_callback(config, name) for name in config.callbacks if name not in BUILT_IN
     }
@@ -215,22 +245,34 @@ def role_settings(config: RunConfig, name: str) -> RoleSettings:
         overlap_grad_reduce=distributed.overlap_grad_reduce,
         overlap_param_gather=distributed.overlap_param_gather,
         grad_reduce_in_fp32=distributed.grad_reduce_in_fp32,
-        optimizer=optimizer_settings(config, distributed.use_distributed_optimizer)
-        if role.trainable
-        else None,
+        optimizer=optimizer_settings(config, name) if role.trainable else None,
         ema=EMASettings(decay=ema.decay, start_step=ema.start_iter) if ema else None,
     )
 
 
-def optimizer_settings(config: RunConfig, use_distributed_optimizer: bool) -> OptimizerSettings:
-    """``training.optimizer`` with the clip of ``callbacks.grad_clip``."""
+def optimizer_settings(config: RunConfig, name: str) -> OptimizerSettings:
+    """Of role ``name``: its own keys before the method's, and those before ``training``'s.
+
+    Raises:
+        ConfigError: the role's keys and the method's contradict each other.
+    """
+    cls = method_class(config)
+    options = parse_options(cls.Options, config.method.own_options(), "method")
     values = config.training.optimizer.model_dump()
-    clip = _built_in(config, "grad_clip", GradClipOptions)
+    values["max_grad_norm"] = _built_in(config, "grad_clip", GradClipOptions).max_grad_norm
+    of_method = cls.optimizer_options(options, name)
+    own = config.models[name].optimizer.model_dump(exclude_none=True)
+    for key in own.keys() & of_method.keys():
+        if own[key] != of_method[key]:
+            raise ConfigError(
+                f"is {own[key]!r}, but the method's own options say {of_method[key]!r}.",
+                remedy="Give it in one place.",
+                where=f"models.{name}.optimizer.{key}",
+            )
     return OptimizerSettings(
-        **values,
-        max_grad_norm=clip.max_grad_norm,
-        total_steps=config.training.loop.max_train_steps,
-        use_distributed_optimizer=use_distributed_optimizer,
+        **{**values, **of_method, **own},
+        total_steps=cls.num_updates(options, name, config.training.loop.max_train_steps),
+        use_distributed_optimizer=config.role_distributed(name).use_distributed_optimizer,
     )
 
 

@@ -43,13 +43,13 @@ class Throughput:
 
     def start(self, batches: Sequence[Batch]) -> None:
         """Begin a step over this data rank's micro-batches."""
-        shapes = [(b.latents_BCTHW.shape, b.condition) for b in batches]
-        self._tokens = sum(s[0] * self._plugin.num_tokens(s[1:]) for s, _ in shapes)
-        self._flops = 0.0
-        for shape, condition in shapes:
-            text = condition.get("text_embeds_BLD")
+        self._tokens, self._flops = 0, 0.0
+        for batch in batches:
+            text = batch.condition.get("text_embeds_BLD")
             text_len = text.shape[1] if text is not None else 0
-            self._flops += 3 * shape[0] * self._plugin.flops(shape[1:], text_len)
+            count, shape = len(batch.positions), batch.latent_shape
+            self._tokens += count * self._plugin.num_tokens(shape)
+            self._flops += 3 * count * self._plugin.flops(shape, text_len)
         self._start = time.perf_counter()
 
     def stop(self, num_data_ranks: int) -> dict[str, float]:

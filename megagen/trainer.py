@@ -246,14 +246,17 @@ class Trainer:
     def _check_optimizer(self, saved: state.TrainerState, where: str) -> None:
         """Sharded and whole optimizer states are stored in different forms."""
         key = "use_distributed_optimizer"
-        was = saved.config.get("training", {}).get("distributed", {}).get(key)
-        now = self.config.training.distributed.use_distributed_optimizer
-        if was is not None and was != now:
-            raise CheckpointError(
-                f"was written with {key}: {was}, this run has {now}.",
-                remedy=f"Resume with training.distributed.{key}: {was}.",
-                where=where,
-            )
+        for name, role in self.run_parts.roles.items():
+            models, training = (saved.config.get(part, {}) for part in ("models", "training"))
+            of_run = training.get("distributed", {})
+            was = (models.get(name, {}).get("distributed") or of_run).get(key)
+            now = self.config.role_distributed(name).use_distributed_optimizer
+            if role.trainable and was is not None and was != now:
+                raise CheckpointError(
+                    f"was written with {key}: {was} for {name}, this run has {now}.",
+                    remedy=f"Resume with {key}: {was} in its distributed section.",
+                    where=where,
+                )
 
     def _choose_checkpoint(self) -> str | None:
         """The directory to resume from, verified; None for a fresh start. Rank 0 alone looks."""

@@ -9,14 +9,24 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from megagen.core.options import StrictOptions
+from megagen.core.options import Betas, StrictOptions
 from megagen.data.options import DataOptions
 from megagen.parallel.dims import CPCommType, ParallelDims
 
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
+LRScheduler = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "piecewise_constant",
+]
 
 
 class DistributedOptions(StrictOptions):
@@ -97,6 +107,38 @@ class AttentionOptions(StrictOptions):
     backend: Literal["sdpa", "flash", "te"] = "sdpa"
 
 
+class RoleOptimizerOptions(StrictOptions):
+    """``models.<role>.optimizer``: what one role does otherwise than ``training.optimizer``.
+
+    Attributes:
+        learning_rate: peak rate, > 0.
+        betas: Adam's two decay rates.
+        eps: Adam's epsilon.
+        weight_decay: decoupled decay.
+        lr_scheduler: shape of the schedule, which runs over this role's own updates.
+        lr_warmup_steps: of linear warm-up, in updates of this role.
+        lr_num_cycles: hard restarts of ``cosine_with_restarts``.
+        lr_power: power of ``polynomial``.
+        lr_end: end rate of ``polynomial``.
+        min_lr_ratio: floor of ``cosine_with_min_lr``.
+        lr_step_rules: rules of ``piecewise_constant``, in updates of this role.
+        max_grad_norm: clip by the global norm; 0: no clipping; None: ``callbacks.grad_clip``'s.
+    """
+
+    learning_rate: float | None = Field(None, gt=0)
+    betas: Betas | None = None
+    eps: float | None = Field(None, gt=0)
+    weight_decay: float | None = Field(None, ge=0)
+    lr_scheduler: LRScheduler | None = None
+    lr_warmup_steps: int | None = Field(None, ge=0)
+    lr_num_cycles: float | None = Field(None, gt=0)
+    lr_power: float | None = Field(None, gt=0)
+    lr_end: float | None = Field(None, ge=0)
+    min_lr_ratio: float | None = Field(None, ge=0, le=1)
+    lr_step_rules: str | None = None
+    max_grad_norm: float | None = Field(None, ge=0)
+
+
 class RoleOptions(StrictOptions):
     """``models.<role>``: what the engine reads; every other key belongs to the model's own options.
 
@@ -110,6 +152,7 @@ class RoleOptions(StrictOptions):
         attention: attention backend.
         transformer_impl: megatron-core's local linears and norms, or Transformer Engine's.
         fp8: run Transformer Engine's linears in fp8 (needs ``transformer_engine``).
+        optimizer: what this role's optimizer does otherwise than ``training.optimizer``.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=(), populate_by_name=True)
@@ -123,6 +166,7 @@ class RoleOptions(StrictOptions):
     attention: AttentionOptions = AttentionOptions()
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     fp8: bool = False
+    optimizer: RoleOptimizerOptions = RoleOptimizerOptions()
 
     @model_validator(mode="after")
     def _fp8_needs_te(self) -> RoleOptions:
@@ -170,37 +214,16 @@ class OptimizerOptions(StrictOptions):
     """
 
     learning_rate: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    lr_scheduler: Literal[
-        "constant",
-        "constant_with_warmup",
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "cosine_with_min_lr",
-        "polynomial",
-        "piecewise_constant",
-    ] = "constant"
+    lr_scheduler: LRScheduler = "constant"
     lr_warmup_steps: int = Field(0, ge=0)
     lr_num_cycles: float = Field(1.0, gt=0)
     lr_power: float = Field(1.0, gt=0)
     lr_end: float = Field(1e-7, ge=0)
     min_lr_ratio: float = Field(0.5, ge=0, le=1)
     lr_step_rules: str = ""
-
-    @field_validator("betas", mode="before")
-    @classmethod
-    def _parse_betas(cls, value: Any) -> Any:
-        return tuple(float(v) for v in value.split(",")) if isinstance(value, str) else value
-
-    @field_validator("betas")
-    @classmethod
-    def _betas_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= b < 1 for b in value):
-            raise ValueError("each beta must be in [0, 1)")
-        return value
 
 
 class LoopOptions(StrictOptions):

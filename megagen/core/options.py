@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from megagen.core.errors import ConfigError, suggest
@@ -16,6 +16,19 @@ class StrictOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True)
 
+
+def _read_betas(value: Any) -> Any:
+    return tuple(float(v) for v in value.split(",")) if isinstance(value, str) else value
+
+
+def _check_betas(value: tuple[float, float]) -> tuple[float, float]:
+    if not all(0 <= b < 1 for b in value):
+        raise ValueError("each beta must be in [0, 1)")
+    return value
+
+
+Betas = Annotated[tuple[float, float], BeforeValidator(_read_betas), AfterValidator(_check_betas)]
+"""Adam's two decay rates, each in [0, 1); the text "0.9,0.999" is understood."""
 
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
 

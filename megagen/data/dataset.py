@@ -19,12 +19,12 @@ from torch import Tensor
 
 from megagen.core.errors import ConfigError, DataError
 from megagen.core.log import warn_once
+from megagen.data.batch import LatentShape
 from megagen.data.manifest import UNCONDITIONAL, Manifest, read_manifest
 from megagen.data.options import DataOptions
 from megagen.data.parquet import WHOLE_GROUP_BYTES, first_line, open_parquet
 from megagen.data.schema import CLIP, FIRST_FRAME, LATENT, TEXT, tensor_columns
 
-LatentShape = tuple[int, int, int, int]
 DEFAULT_TEXT_LEN = 512
 
 
@@ -159,7 +159,9 @@ def _check_file(
         raise DataError("is missing.", remedy="Preprocess again.", where=str(path))
     file = open_parquet(path)
     names = set(file.schema_arrow.names)
-    needed = [*tensor_columns(LATENT), *tensor_columns(TEXT), *_pixel_sizes(options)]
+    needed = [*tensor_columns(TEXT), *_pixel_sizes(options)]
+    if not options.is_text_only:
+        needed += tensor_columns(LATENT)
     if options.preprocessed_data_type == "i2v":
         needed += tensor_columns(FIRST_FRAME)
     if lacking := [name for name in needed if name not in names]:
@@ -183,6 +185,9 @@ def _check_file(
 def _rows_by_shape(
     file: pq.ParquetFile, path: Path, options: DataOptions
 ) -> dict[LatentShape, np.ndarray]:
+    if options.is_text_only:
+        whole = _cut(options.latent_shape, options, path, 0)
+        return {whole: np.arange(file.metadata.num_rows, dtype=np.int32)}
     sizes = _pixel_sizes(options)
     shape_column = tensor_columns(LATENT)[1]
     try:
@@ -203,7 +208,9 @@ def _rows_by_shape(
 
 
 def _pixel_sizes(options: DataOptions) -> dict[str, int]:
-    """Column -> the only value wanted of it."""
+    """Column -> the only value wanted of it; texts alone have no size."""
+    if options.is_text_only:
+        return {}
     wanted = {
         "num_frames": options.num_frames,
         "height": options.num_height,
@@ -248,6 +255,8 @@ def _entries(shape: LatentShape, parts: Sequence[tuple[int, np.ndarray, np.ndarr
 
 
 def _tensors(columns: set[str], options: DataOptions) -> tuple[str, ...]:
+    if options.is_text_only:
+        return (TEXT,)
     wanted = [] if options.preprocessed_data_type == "t2v" else [FIRST_FRAME, CLIP]
     return (LATENT, TEXT, *(n for n in wanted if columns.issuperset(tensor_columns(n))))
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from megagen.core.errors import ConfigError, DataError
 from megagen.core.log import get_logger
 from megagen.core.streams import Streams
-from megagen.data.batch import Batch
-from megagen.data.dataset import Dataset, LatentShape, open_dataset
+from megagen.data.batch import Batch, LatentShape
+from megagen.data.dataset import Dataset, open_dataset
 from megagen.data.options import DataOptions
 from megagen.data.order import Order, Place
 from megagen.data.parquet import RowReader
@@ -99,8 +99,10 @@ class Loader:
         samples = self._samples(step)
         first = step * self.global_batch_size + self._own.start
         size = self.micro_batch_size
+        bucket, _ = self.order.bucket_of(step)
+        shape = self.dataset.buckets[bucket].latent_shape
         return [
-            _collate(samples[start : start + size], first + start)
+            _collate(samples[start : start + size], first + start, shape)
             for start in range(0, len(samples), size)
         ]
 
@@ -199,21 +201,24 @@ class Loader:
             )
 
 
-def _collate(samples: Sequence[Sample], first_position: int) -> Batch:
+def _collate(samples: Sequence[Sample], first_position: int, shape: LatentShape) -> Batch:
     names = {name for sample in samples for name in sample.extra}
     try:
         condition = {"text_embeds_BLD": torch.stack([s.text_LD for s in samples])}
         for name in sorted(names):
             condition[name] = torch.stack([s.extra[name] for s in samples])
+        latents = [s.latents_CTHW for s in samples if s.latents_CTHW is not None]
+        latents_BCTHW = torch.stack(latents) if latents else None
     except (KeyError, RuntimeError) as error:
         raise DataError(
             f"samples {[s.id for s in samples]} cannot share a batch ({error}).",
             remedy="Do not mix datasets of different text encoders or image features.",
         ) from None
     return Batch(
-        latents_BCTHW=torch.stack([s.latents_CTHW for s in samples]),
+        latents_BCTHW=latents_BCTHW,
         condition=condition,
         positions=tuple(range(first_position, first_position + len(samples))),
         ids=tuple(s.id for s in samples),
         captions=tuple(s.caption for s in samples),
+        shape_CTHW=shape,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import AliasChoices, ConfigDict, Field, field_validator
+from pydantic import AliasChoices, ConfigDict, Field, field_validator, model_validator
 
 from megagen.core.options import StrictOptions
 
@@ -23,7 +23,9 @@ class DataOptions(StrictOptions):
         data_path: dataset directory; several as a list, as ``"a:2,b"`` or as ``{a: 2, b: 1}``, the
             number saying how often a sample comes up in an epoch. None: the run has no dataset.
         preprocessed_data_type: t2v reads latents and text; i2v needs the first frame's columns too;
-            None reads what the dataset has.
+            text_only reads the text alone, whatever else is there; None reads what the dataset has.
+        latent_shape: of text_only: ``[C, T, H, W]`` of the latents that the run works on, such as
+            [16, 21, 60, 104] for 81 frames of 480x832 with Wan 2.1's VAE.
         micro_batch_size: samples of one forward pass on one data-parallel rank.
         global_batch_size: samples of one optimizer step over all ranks; None: micro_batch_size x
             data-parallel ranks.
@@ -52,7 +54,8 @@ class DataOptions(StrictOptions):
     )
 
     data_path: str | list[str] | dict[str, int] | None = None
-    preprocessed_data_type: Literal["t2v", "i2v"] | None = None
+    preprocessed_data_type: Literal["t2v", "i2v", "text_only"] | None = None
+    latent_shape: tuple[int, int, int, int] | None = None
     micro_batch_size: int = Field(
         1, ge=1, validation_alias=AliasChoices("micro_batch_size", "train_batch_size")
     )
@@ -85,6 +88,19 @@ class DataOptions(StrictOptions):
         if wrong:
             raise ValueError(f"each path needs a repeat count >= 1, not so for {wrong}")
         return value
+
+    @model_validator(mode="after")
+    def _shape_of_texts(self) -> DataOptions:
+        if self.is_text_only and self.latent_shape is None:
+            raise ValueError("preprocessed_data_type text_only needs latent_shape: [C, T, H, W]")
+        if self.latent_shape is not None and not self.is_text_only:
+            raise ValueError("latent_shape is for preprocessed_data_type: text_only")
+        return self
+
+    @property
+    def is_text_only(self) -> bool:
+        """Whether latents are neither needed nor read."""
+        return self.preprocessed_data_type == "text_only"
 
     def sources(self) -> dict[str, int]:
         """Dataset directory -> how often each of its samples comes up in an epoch."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megagen.core.errors import DataError
-from megagen.data.dataset import LatentShape
+from megagen.data.batch import LatentShape
 from megagen.data.schema import CLIP, FIRST_FRAME, LATENT, TEXT, tensor_columns, unpack_tensor
 
 # Name of a stored tensor -> its name in ``Batch.condition``.
@@ -26,14 +26,14 @@ class Sample:
     """One sample.
 
     Args:
-        latents_CTHW: raw latents, fp32.
+        latents_CTHW: raw latents, fp32; None where the dataset is read for its texts alone.
         text_LD: padded text embedding, fp32.
         extra: other conditions by their name in a batch, without the batch axis.
     """
 
     id: str
     caption: str
-    latents_CTHW: Tensor
+    latents_CTHW: Tensor | None
     text_LD: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -62,14 +62,14 @@ def make_sample(
     """
     try:
         found = {name: _tensor(values, name) for name in tensors}
-        latents, text = found.pop(LATENT), found.pop(TEXT)
-        if latents is None or text is None:
+        text, latents = found.pop(TEXT), found.pop(LATENT, None)
+        if text is None or (LATENT in tensors and latents is None):
             raise ValueError("latents or text embedding are empty")
         extra = {CONDITIONS[n]: _extra(n, t, shape) for n, t in found.items() if t is not None}
         return Sample(
             id=str(values.get("id") or f"{path.name}:{row}"),
             caption=values.get("caption") or "",
-            latents_CTHW=_latents(latents, shape),
+            latents_CTHW=None if latents is None else _latents(latents, shape),
             text_LD=pad_text(text, text_len),
             extra=extra,
         )

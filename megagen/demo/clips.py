@@ -70,7 +70,7 @@ def from_dataset(data: Path, limit: int | None = None) -> Clips:
     loader = Loader(options, data_rank=0, data_size=1, streams=Streams(0))
     (batch,) = loader.step_batches(0)
     loader.close()
-    video_BCTHW = build_codec(manifest.codec).decode(batch.latents_BCTHW)
+    video_BCTHW = build_codec(manifest.codec).decode(batch.clean_latents())
     shown = torch.tensor([parse_caption(caption) for caption in batch.captions])
     return Clips(video_BCTHW.mean(1).add(1).div(2), shown[:, 0], shown[:, 1])
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from megagen.core.options import StrictOptions
 from megagen.core.streams import Streams
 from megagen.data.batch import Batch
 from megagen.engine.role import Role
+from megagen.models.base import ModelPlugin
 
 
 @dataclass
@@ -38,6 +40,20 @@ class StepResult:
     skipped: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What a method may know of the run beside its roles and options.
+
+    Args:
+        output_dir: the run folder.
+        unconditional: embeddings ``[L, D]`` of the ``empty`` and the ``negative`` prompt, as far as
+            the dataset has them.
+    """
+
+    output_dir: Path = Path()
+    unconditional: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class TrainingMethod(ABC):
     """An algorithm over named roles.
 
@@ -45,15 +61,22 @@ class TrainingMethod(ABC):
         roles: the run's networks by role name.
         options: this method's own options.
         streams: the run's seeded streams.
+        facts: what else the run knows.
     """
 
     Options: ClassVar[type[StrictOptions]]
     required_roles: ClassVar[tuple[str, ...]] = ("student",)
     trained_roles: ClassVar[tuple[str, ...]] = ("student",)
 
-    def __init__(self, roles: Mapping[str, Role], options: StrictOptions, streams: Streams) -> None:
+    def __init__(
+        self,
+        roles: Mapping[str, Role],
+        options: StrictOptions,
+        streams: Streams,
+        facts: RunFacts | None = None,
+    ) -> None:
         self.check_roles(tuple(roles))
-        self.roles, self.streams = roles, streams
+        self.roles, self.streams, self.facts = roles, streams, facts or RunFacts()
 
     @classmethod
     def check_roles(cls, names: Sequence[str]) -> None:
@@ -67,6 +90,26 @@ class TrainingMethod(ABC):
                 remedy="Add or remove roles.",
                 where="models",
             )
+
+    @classmethod
+    def check(cls, options: Any, plugins: Mapping[str, ModelPlugin]) -> None:
+        """Raise ``ConfigError`` where the options do not suit the models; no rank has started."""
+        cls.check_roles(tuple(plugins))
+
+    @classmethod
+    def needs_latents(cls, options: Any) -> bool:
+        """Whether the dataset must hold latents, and not texts alone."""
+        return True
+
+    @classmethod
+    def num_updates(cls, options: Any, role: str, num_steps: int) -> int:
+        """Updates of ``role`` in a run of ``num_steps``: what its learning rate runs over."""
+        return num_steps
+
+    @classmethod
+    def optimizer_options(cls, options: Any, role: str) -> dict[str, Any]:
+        """Keys of ``training.optimizer`` that the method's own options set for ``role``."""
+        return {}
 
     @abstractmethod
     def train_step(self, batches: Sequence[Batch], step: int) -> StepResult:

@@ -22,7 +22,7 @@ from megagen.core.streams import Streams
 from megagen.data.batch import Batch
 from megagen.engine.role import Role
 from megagen.fastgen.flow_matching import add_noise, expand_like, shift_sigma, velocity_target
-from megagen.methods.base import StepResult, TrainingMethod, mean_metrics
+from megagen.methods.base import RunFacts, StepResult, TrainingMethod, mean_metrics
 from megagen.models.base import Request
 
 Distribution = Literal["uniform", "logit_normal", "mode", "shifted"]
@@ -62,9 +62,13 @@ class FineTuneMethod(TrainingMethod):
     Options = FineTuneOptions
 
     def __init__(
-        self, roles: Mapping[str, Role], options: FineTuneOptions, streams: Streams
+        self,
+        roles: Mapping[str, Role],
+        options: FineTuneOptions,
+        streams: Streams,
+        facts: RunFacts | None = None,
     ) -> None:
-        super().__init__(roles, options, streams)
+        super().__init__(roles, options, streams, facts)
         self.options = options
 
     def train_step(self, batches: Sequence[Batch], step: int) -> StepResult:
@@ -83,7 +87,7 @@ class FineTuneMethod(TrainingMethod):
     def draw(self, batch: Batch, step: int) -> Request:
         """The micro-batch's noisy latents, timesteps and target: all random numbers of a step."""
         plugin = self.student.plugin
-        x0_BCTHW = plugin.normalize(batch.latents_BCTHW.float())
+        x0_BCTHW = plugin.normalize(batch.clean_latents().float())
         noise_BCTHW = self.streams.normal("noise", step, batch.positions, x0_BCTHW.shape[1:])
         noise_BCTHW = noise_BCTHW.to(x0_BCTHW.device)
         sigma_B = self.draw_sigma(step, batch.positions).to(x0_BCTHW.device)
