@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from megagen.fastgen.config import SampleTimestepConfig
 
@@ -142,7 +142,7 @@ def sample_timesteps(
 
 def sample_from_t_list(
     n: int,
-    t_list: list[float],
+    t_list: Sequence[float],
     *,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
