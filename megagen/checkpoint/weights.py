@@ -14,10 +14,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megagen.checkpoint import commit
+from megagen.checkpoint.adapters import MergedStore, fingerprint, spec_of
 from megagen.checkpoint.store import DiffusersStore, InitialStore, check_weights
 from megagen.core.errors import CheckpointError
 from megagen.core.streams import Streams
+from megagen.models.adapters import adapter_source, is_adapter
 from megagen.models.base import ModelPlugin, WeightSource, WeightStore
+from megagen.models.hub import read_json
 
 Kind = Literal["weights", "ema"]
 
@@ -25,7 +28,8 @@ Kind = Literal["weights", "ema"]
 class CheckpointStore:
     """A role's weights, or their average, in a checkpoint: diffusers tensors read one at a time.
 
-    No process group and no network are needed; the memory used is that of one tensor.
+    Of a role with adapters a checkpoint holds these alone (see ``open_role``). No process group and
+    no network are needed; the memory used is that of one tensor.
 
     Args:
         directory: a step's directory, verified.
@@ -43,11 +47,11 @@ class CheckpointStore:
         self.directory, self.plugin = directory, plugin
         prefix = f"{role}.ema." if kind == "ema" else f"{role}."
         self._sources: dict[str, tuple[str, WeightSource, int]] = {}
-        for key in self._stored:
+        for key, stored in self._stored.items():
             name = key.removeprefix(prefix)
             if not key.startswith(prefix) or name.startswith("ema."):
                 continue
-            source = plugin.weight_source(name)
+            source = _source(plugin, name, stored.size)
             for number, tensor in enumerate(source.names):
                 self._sources[tensor] = (key, source, number)
         if not self._sources:
@@ -96,6 +100,63 @@ class CheckpointStore:
         return tensor
 
 
+def _source(plugin: ModelPlugin, name: str, size: torch.Size) -> WeightSource:
+    if is_adapter(name):
+        return adapter_source(plugin, name, rank=size[0] if ".lora.A." in name else size[1])
+    return plugin.weight_source(name)
+
+
+def adapter_reference(directory: Path, role: str) -> dict[str, Any] | None:
+    """What a checkpoint says of a role's adapters and their base; None: it has none."""
+    trainer = read_json(directory / "trainer.json")
+    found: dict[str, Any] | None = trainer.get("adapters", {}).get(role)
+    return found
+
+
+def open_role(
+    directory: Path,
+    plugin: ModelPlugin,
+    role: str,
+    kind: Kind = "weights",
+    *,
+    base: str | None = None,
+) -> CheckpointStore | MergedStore:
+    """A role's whole weights in a checkpoint; adapters are merged into the base they belong to.
+
+    Args:
+        directory: a step's directory, verified.
+        plugin: of the role.
+        role: its name.
+        kind: ``weights`` or ``ema``.
+        base: where the base weights are now; None: where the run found them.
+
+    Raises:
+        CheckpointError: no such role or average, or no such base, or other weights there.
+    """
+    store = CheckpointStore(directory, plugin, role, kind)
+    reference = adapter_reference(directory, role)
+    if reference is None:
+        return store
+    return MergedStore(_base(plugin, reference["base"], base), store, spec_of(reference).scale)
+
+
+def _base(plugin: ModelPlugin, saved: dict[str, Any], given: str | None) -> WeightStore:
+    """The base weights that a checkpoint's adapters were trained on."""
+    directory, source = saved["directory"], given or saved["init_from"]
+    if given is None and directory is not None and Path(directory).is_dir():
+        source = directory
+    streams = Streams(saved["seed"])
+    folder = saved["subfolder"] if source == saved["init_from"] else None
+    store = open_weights(plugin, source, streams, saved["role"], folder)
+    if fingerprint(store) != saved["fingerprint"]:
+        raise CheckpointError(
+            "holds other weights than the adapters were trained on.",
+            remedy="Name the base with --base-weights.",
+            where=str(source or "the fresh weights"),
+        )
+    return store
+
+
 def find_checkpoint(source: str | Path) -> Path | None:
     """The step's directory that ``source`` names: itself, or the newest valid of a run folder.
 
@@ -134,7 +195,7 @@ def open_weights(
     if init_from is None:
         store = InitialStore(plugin, streams, role)
     elif checkpoint is not None:
-        store = CheckpointStore(checkpoint, plugin, "student")
+        store = open_role(checkpoint, plugin, "student")
     else:
         store = DiffusersStore(getattr(plugin, "directory", None) or init_from, subfolder)
     check_weights(plugin, store)

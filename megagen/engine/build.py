@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from megagen.core import process
 from megagen.core.errors import ConfigError
+from megagen.engine import lora
 from megagen.engine.layout import rank_chunks
 from megagen.engine.settings import RoleSettings
 from megagen.models.base import ModelPlugin
@@ -34,20 +36,29 @@ def make_config(plugin: ModelPlugin, settings: RoleSettings) -> Any:
 
 
 def make_chunks(
-    plugin: ModelPlugin, settings: RoleSettings, config: Any, mesh: Mesh
+    plugin: ModelPlugin,
+    settings: RoleSettings,
+    config: Any,
+    mesh: Mesh,
+    base: Sequence[nn.Module] | None = None,
 ) -> list[nn.Module]:
-    """This rank's chunks, uninitialised, on its device."""
+    """This rank's chunks, uninitialised, on its device; on the weights of ``base`` where given."""
     chunks = []
-    for chunk in rank_chunks(plugin.num_layers, settings.dims, mesh.pp_rank):
-        module = plugin.build_chunk(
-            config,
-            mesh.pg,
-            layers=chunk.layers,
-            pre_process=chunk.pre_process,
-            post_process=chunk.post_process,
-            vp_stage=chunk.vp_stage,
-            attention_backend=settings.attention_backend,
-        )
+    for number, chunk in enumerate(rank_chunks(plugin.num_layers, settings.dims, mesh.pp_rank)):
+        with lora.unallocated() if base is not None else contextlib.nullcontext():
+            module = plugin.build_chunk(
+                config,
+                mesh.pg,
+                layers=chunk.layers,
+                pre_process=chunk.pre_process,
+                post_process=chunk.post_process,
+                vp_stage=chunk.vp_stage,
+                attention_backend=settings.attention_backend,
+            )
+        if settings.lora is not None:
+            lora.attach(plugin, module, settings.lora, mesh.pg.tp)
+        if base is not None:
+            lora.share(module, base[number], settings.name)
         chunks.append(module.to(process.device()))
     return chunks
 

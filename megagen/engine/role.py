@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megagen.checkpoint.fill import fill
 from megagen.core import process
 from megagen.core.log import warn_once
-from megagen.engine import build, modes, state
+from megagen.engine import build, lora, modes, state
 from megagen.engine.ema import EMA
 from megagen.engine.exchange import Exchange
 from megagen.engine.optimizer import Optimizer, StepInfo
@@ -72,7 +72,13 @@ class Role:
 
     @staticmethod
     def build(
-        plugin: ModelPlugin, settings: RoleSettings, *, data_layout: Mesh, store: WeightStore
+        plugin: ModelPlugin,
+        settings: RoleSettings,
+        *,
+        data_layout: Mesh,
+        store: WeightStore,
+        adapters: WeightStore | None = None,
+        base: Role | None = None,
     ) -> Role:
         """A role with the weights of ``store``. Collective over all ranks of the run.
 
@@ -84,12 +90,19 @@ class Role:
 
         Raises:
             ConfigError: the network cannot be cut as ``settings.dims`` says.
+            adapters: where those of ``settings.lora`` come from.
+            base: role whose base weights this one uses instead of a copy of its own.
         """
         plugin.check(settings.dims, f"models.{settings.name}.distributed")
         mesh = Mesh.build(settings.dims)
         config = build.make_config(plugin, settings)
-        chunks = build.make_chunks(plugin, settings, config, mesh)
-        fill(plugin, chunks, mesh.pg.tp, store)
+        lent = base.chunks if base is not None else None
+        chunks = build.make_chunks(plugin, settings, config, mesh, lent)
+        if lent is None:
+            fill(plugin, chunks, mesh.pg.tp, store)
+        if settings.lora is not None:
+            assert adapters is not None, f"{settings.name} has adapters without a store of them"
+            lora.fill_adapters(plugin, chunks, mesh.pg.tp, settings.lora, adapters)
         return Role(plugin, settings, mesh, chunks, config, data_layout)
 
     def _make_trainable(self) -> None:
@@ -98,6 +111,8 @@ class Role:
         self._ddp = build.wrap_ddp(self.chunks, settings, self.config, self.mesh)
         self.optimizer = Optimizer(
             self._ddp,
+        if settings.lora is not None:
+            lora.freeze_base(self.chunks)
             settings.optimizer,
             self.mesh,
             is_bf16=settings.precision == "bf16",
@@ -264,7 +279,7 @@ class Role:
             terms = loss_fn(self._velocity(output, given[index]), given[index], *extra)
             return terms["loss"] * weights[index], _floats(terms)
 
-        work = [self.plugin.inputs(request) for request in given]
+        work = self._work(given)
         with modes.no_sync(self._ddp, self.config, active=more_to_come):
             reports = self._pipeline.forward_backward(work, on_output)
         return self._report(reports, len(requests))
@@ -277,7 +292,7 @@ class Role:
         more_to_come: bool,
     ) -> list[dict[str, Tensor]]:
         given = self._collect(requests)
-        work = [self.plugin.inputs(request) for request in given]
+        work = self._work(given)
         weights = self._exchange.weights(len(requests))
         with modes.no_sync(self._ddp, self.config, active=more_to_come):
             held = self._pipeline.hold_forward(work)
@@ -319,6 +334,18 @@ class Role:
         payload: list[Any] = [list(reports)]
         group = self.mesh.pg.pp
         if group.size() > 1:
+    def _work(self, given: Sequence[Request]) -> list[Request]:
+        """The network's inputs of a pass with gradients.
+
+        Above a frozen embedding nothing would ask for one, and recomputed blocks and stages without
+        an adapter would build no graph: the latents ask.
+        """
+        if self.settings.lora is not None:
+            leaves = [request.latents_BCTHW.detach().requires_grad_() for request in given]
+            pairs = zip(given, leaves, strict=True)
+            given = [request.with_(latents_BCTHW=leaf) for request, leaf in pairs]
+        return [self.plugin.inputs(request) for request in given]
+
             source = dist.get_global_rank(group, group.size() - 1)
             dist.broadcast_object_list(payload, src=source, group=group, device=process.device())
         self._is_finite &= all(math.isfinite(v) for terms in payload[0] for v in terms.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megagen.models.adapters import AdapterSpec
 from megagen.parallel.dims import ParallelDims
 
 LRScheduler = Literal[
@@ -89,6 +90,7 @@ class RoleSettings:
         grad_reduce_in_fp32: accumulate and reduce gradients in fp32.
         optimizer: None where the role is frozen.
         ema: None: no average.
+        lora: adapters, which are all that is trained, averaged and saved; None: the whole network.
     """
 
     name: str
@@ -105,3 +107,4 @@ class RoleSettings:
     grad_reduce_in_fp32: bool = True
     optimizer: OptimizerSettings | None = None
     ema: EMASettings | None = None
+    lora: AdapterSpec | None = None

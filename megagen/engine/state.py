@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megagen.core.errors import CheckpointError
+from megagen.engine import lora
 
 if TYPE_CHECKING:
     from megagen.engine.role import Role
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 def sharded_state(role: Role, *, is_loading: bool) -> dict[str, Any]:
     """Sharded tensors under keys ``<role>.<parameter>`` and plain numbers.
+
+    Of a role with adapters only these are in it: its base does not change.
 
     Args:
         role: its weights are current.
@@ -23,7 +26,7 @@ def sharded_state(role: Role, *, is_loading: bool) -> dict[str, Any]:
         "dp_cp_group": role.mesh.pg.dp_cp,
     }
     model: dict[str, Any] = {
-        f"chunk{number}": _own_state(chunk, prefix, metadata)
+        f"chunk{number}": _own_state(role, chunk, prefix, metadata)
         for number, chunk in enumerate(role.chunks)
     }
     found: dict[str, Any] = {"model": model}
@@ -40,8 +43,9 @@ def sharded_state(role: Role, *, is_loading: bool) -> dict[str, Any]:
     return found
 
 
-def _own_state(chunk: Any, prefix: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    return chunk.sharded_state_dict(prefix=prefix, metadata=metadata)
+def _own_state(role: Role, chunk: Any, prefix: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    found = chunk.sharded_state_dict(prefix=prefix, metadata=metadata)
+    return found if role.settings.lora is None else lora.own_part(found)
 
 
 def load_state(role: Role, loaded: dict[str, Any]) -> None:
@@ -56,6 +60,8 @@ def load_state(role: Role, loaded: dict[str, Any]) -> None:
         named = {name.removeprefix(prefix): value for name, value in tensors.items()}
         result = chunk.load_state_dict(named, strict=False)
         missing = [k for k in result.missing_keys if not k.endswith("_extra_state")]
+        if role.settings.lora is not None:
+            missing = list(lora.own_part(dict.fromkeys(missing)))
         if missing or result.unexpected_keys:
             raise CheckpointError(
                 f"{role.name}: missing {missing}, unexpected {result.unexpected_keys}.",

@@ -144,7 +144,7 @@ class ModelPlugin(ABC):
 
     @abstractmethod
     def weights(self, chunk: nn.Module) -> dict[str, WeightSource]:
-        """For each parameter name of ``chunk``: its source in the diffusers layout."""
+        """For each parameter of ``chunk``, adapters' apart: its source in the diffusers layout."""
 
     @abstractmethod
     def weight_source(self, name: str) -> WeightSource:

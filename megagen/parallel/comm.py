@@ -96,6 +96,17 @@ class _GatherKeys(torch.autograd.Function):
         return reduce_scatter(grad, ctx.group), None
 
 
+class _SumScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return all_gather(grad, ctx.group), None
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
@@ -146,6 +157,11 @@ def gather_keys(x_SBD: Tensor, group: ProcessGroup) -> Tensor:
     For a result that each rank uses differently (keys that meet each rank's own queries).
     """
     return x_SBD if group.size() == 1 else _GatherKeys.apply(x_SBD, group)
+
+
+def sum_scatter(x_SBD: Tensor, group: ProcessGroup) -> Tensor:
+    """This rank's token shard of the sum over ``group``; the gradient is the shards' gathered."""
+    return x_SBD if group.size() == 1 else _SumScatter.apply(x_SBD, group)
 
 
 def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from megagen.models.adapters import is_adapter
 from megagen.models.base import WeightSource
 from megagen.models.wan.architecture import WanArchitecture
 
@@ -91,9 +92,10 @@ IMAGE_MODULES = {"linear_1": "ff.net.0.proj", "linear_2": "ff.net.2"}
 
 
 def weight_sources(chunk: nn.Module, arch: WanArchitecture) -> dict[str, WeightSource]:
-    """For each parameter of a chunk: its source in the diffusers layout."""
+    """For each parameter of a chunk, adapters' apart: its source in the diffusers layout."""
     shapes = tensor_shapes(arch)
-    return {name: weight_source(name, arch, shapes) for name, _ in chunk.named_parameters()}
+    names = [name for name, _ in chunk.named_parameters() if not is_adapter(name)]
+    return {name: weight_source(name, arch, shapes) for name in names}
 
 
 def weight_source(name: str, arch: WanArchitecture, shapes: dict[str, Shape]) -> WeightSource:
