@@ -1,0 +1,208 @@
+"""Features of a frozen transformer: what its blocks put out, for a discriminator.
+
+Forward hooks append each block's output to the list ``module._fastgen_captured``; whoever ran the
+forward drains it. Three things a bare hook does not do:
+
+* Nothing is captured while autograd runs backward. Activation checkpointing runs a block a second
+  time there, and its output would stay in the list and be taken for the next forward's.
+* ``captured(...)`` can stop the gradient after the last captured block, so that later blocks build
+  no graph, or end the forward there.
+* A deep copy of the module captures into a list of its own, not into the original's.
+
+Where a forward is sharded (FSDP2), attach after ``fully_shard``: the last hook may end the forward,
+and sharding's own hook on the block must have run before that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from megagen.fastgen.network import first_tensor
+
+__all__ = ["Taken", "attach", "captured", "detach", "drain"]
+
+_BUFFER = "_fastgen_captured"
+_HANDLES = "_fastgen_capture_handles"
+_STATE = "_fastgen_capture_state"
+
+
+@dataclass
+class Taken:
+    """What ``captured`` took: ``features`` in call order, or None if nothing was ever attached."""
+
+    features: list[Tensor] | None = None
+
+
+@dataclass
+class _State:
+    """What the hooks of one module share."""
+
+    buffer: list[Tensor] = field(default_factory=list)
+    stop_gradient: bool = False
+    early_exit: bool = False
+    ran_without_grad: bool = False
+
+
+class _ForwardDone(Exception):
+    """The last captured block has run, and the rest of the forward is not wanted."""
+
+    def __init__(self, state: _State) -> None:
+        super().__init__("the forward ended at its last captured block")
+        self.state = state
+
+
+class _Hook:
+    """A block's forward hook.
+
+    An object rather than a closure: a deep copy of the module copies it, and the state it shares
+    with the other hooks, along.
+    """
+
+    def __init__(self, state: _State, extract: Callable[[Any], Tensor], is_last: bool) -> None:
+        self.state, self.extract, self.is_last = state, extract, is_last
+
+    def __call__(self, block: nn.Module, inputs: Any, output: Any) -> Any:
+        if _in_backward():
+            return None
+        state = self.state
+        state.buffer.append(self.extract(output))
+        state.ran_without_grad |= not torch.is_grad_enabled()
+        if not self.is_last:
+            return None
+        if state.early_exit:
+            raise _ForwardDone(state)
+        if state.stop_gradient:
+            return tree_map_only(Tensor, Tensor.detach, output)
+        return None
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def attach(
+    module: nn.Module,
+    blocks_attr: str,
+    indices: Iterable[int],
+    extract: Callable[[Any], Tensor] = first_tensor,
+) -> None:
+    """Capture the outputs of some of a module's blocks at every forward from now on.
+
+    Hooks that were attached before are removed first.
+
+    Args:
+        module: the transformer.
+        blocks_attr: name of its sequence of blocks.
+        indices: of blocks, each in [0, number of blocks); order and repetition do not count.
+        extract: makes the feature of what a block returned. It may view, permute or copy, but not
+            compute: under activation checkpointing it is not repeated in backward.
+
+    Raises:
+        AttributeError: the module has no ``blocks_attr``.
+        TypeError: ``blocks_attr`` has no length.
+        IndexError: an index outside the blocks.
+    """
+    detach(module)
+    name = type(module).__name__
+    blocks = getattr(module, blocks_attr, None)
+    if blocks is None:
+        raise AttributeError(
+            f"{name} has no attribute {blocks_attr!r}: name its blocks with blocks_attr=..."
+        )
+    if not hasattr(blocks, "__len__"):
+        raise TypeError(f"{name}.{blocks_attr} is {type(blocks).__name__}, not a sequence")
+    chosen = sorted(set(indices))
+    for index in chosen:
+        if not 0 <= index < len(blocks):
+            raise IndexError(f"{name} has blocks 0 to {len(blocks) - 1}, and no {index}")
+    state = _State()
+    handles = [
+        blocks[index].register_forward_hook(_Hook(state, extract, index == chosen[-1]))
+        for index in chosen
+    ]
+    setattr(module, _BUFFER, state.buffer)
+    setattr(module, _STATE, state)
+    setattr(module, _HANDLES, handles)
+
+
+def detach(module: nn.Module) -> None:
+    """Remove what ``attach`` installed; without it, nothing happens."""
+    for handle in getattr(module, _HANDLES, ()):
+        handle.remove()
+    for name in (_HANDLES, _STATE, _BUFFER):
+        if hasattr(module, name):
+            delattr(module, name)
+
+
+def drain(module: nn.Module) -> list[Tensor] | None:
+    """The captured features in call order, which are then forgotten; None if never attached."""
+    buffer = getattr(module, _BUFFER, None)
+    if buffer is None:
+        return None
+    taken = list(buffer)
+    buffer.clear()
+    return taken
+
+
+@contextmanager
+def captured(
+    module: nn.Module,
+    stop_gradient: bool = True,
+    early_exit: bool = False,
+    needs_grad: bool = False,
+) -> Iterator[Taken]:
+    """Take the features of the one forward of ``module`` within this block.
+
+        with captured(teacher, early_exit=True) as taken:
+            teacher(x_t, t)
+        taken.features  # [tensor of the first captured block, ...]
+
+    Features left over from an earlier forward are dropped on the way in, and if the block raises,
+    its own are too. With a module whose ``_fastgen_captured`` somebody else's hooks fill, the list
+    is drained and no more: ``stop_gradient``, ``early_exit`` and ``needs_grad`` do nothing.
+
+    Args:
+        module: what ``attach`` was called with.
+        stop_gradient: what leaves the last captured block is detached: features keep their
+            gradient, and the blocks behind build no graph for it.
+        early_exit: the forward ends at the last captured block; statements of the ``with`` block
+            behind it do not run.
+        needs_grad: features are to carry a gradient where grad mode is on.
+
+    Raises:
+        RuntimeError: ``needs_grad``, and blocks ran without grad mode, as under reentrant
+            activation checkpointing.
+    """
+    state: _State | None = getattr(module, _STATE, None)
+    taken = Taken()
+    if state is None:
+        yield taken
+        taken.features = drain(module)
+        return
+    before = state.stop_gradient, state.early_exit
+    state.stop_gradient, state.early_exit = stop_gradient, early_exit
+    state.ran_without_grad = False
+    state.buffer.clear()
+    try:
+        yield taken
+        taken.features = drain(module)
+    except _ForwardDone as done:
+        if done.state is not state:  # of another module's forward, around this one
+            raise
+        taken.features = drain(module)
+    finally:
+        state.stop_gradient, state.early_exit = before
+        state.buffer.clear()
+    if needs_grad and torch.is_grad_enabled() and state.ran_without_grad:
+        raise RuntimeError(
+            f"{type(module).__name__}'s features carry no gradient, since its blocks ran without "
+            "grad mode: reentrant activation checkpointing does that. Checkpoint them with "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or not at all"
+        )
