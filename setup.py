@@ -1,4 +1,4 @@
-"""Native parts of megagen.
+"""Native parts of megagen, and the recipes that a built package carries.
 
 torch is never imported here: the extension sees tensors as raw addresses, so one build serves any
 torch version. ``MEGAGEN_BUILD_CPU`` = ``auto`` (default: build, go on without on failure) | ``0``
@@ -13,7 +13,9 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
+RECIPES = Path("configs/fastgen")
 CSRC = Path("csrc")
 # -ffast-math is left out on purpose: at link time it would set flush-to-zero for the whole process.
 CPU_FLAGS = [
@@ -74,6 +76,18 @@ class BuildExt(build_ext):
         super().build_extension(ext)
 
 
+class BuildPy(build_py):
+    """Copies the built-in recipes into the package; an editable one reads the repository's."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "megagen" / "fastgen" / "recipes"
+            target.mkdir(parents=True, exist_ok=True)
+            for recipe in sorted(RECIPES.glob("*.yaml")):
+                self.copy_file(str(recipe), str(target / recipe.name))
+
+
 extensions = []
 if build_mode("MEGAGEN_BUILD_CPU") != "0":
     extensions.append(
@@ -84,4 +98,4 @@ if build_mode("MEGAGEN_BUILD_CPU") != "0":
         )
     )
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildExt})
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExt, "build_py": BuildPy})
