@@ -47,6 +47,7 @@ def sections() -> list[tuple[str, str, type[BaseModel]]]:
         ("models.&lt;role&gt;", "One network; a run has one or several.", schema.RoleOptions),
         ("models.&lt;role&gt;.attention", "", schema.AttentionOptions),
         ("models.&lt;role&gt;.optimizer", "", schema.RoleOptimizerOptions),
+        ("models.&lt;role&gt;.lora", "", schema.LoraOptions),
     ]
     for name, target in MODELS.items():
         options = resolve(target).Options
@@ -55,8 +56,16 @@ def sections() -> list[tuple[str, str, type[BaseModel]]]:
             (f"models.&lt;role&gt;.{key}, _target_: {name}", "", inner)
             for key, inner in nested(target).items()
         ]
+    seen: set[type[BaseModel]] = set()
     for name, target in METHODS.items():
-        found.append((f"method, _target_: {name}", "", resolve(target).Options))
+        options = resolve(target).Options
+        found.append((f"method, _target_: {name}", "", options))
+        for key, field in options.model_fields.items():
+            inner = [
+                c for c in (field.annotation, *typing.get_args(field.annotation)) if is_section(c)
+            ]
+            found += [(f"method.{key}", "", cls) for cls in inner if cls not in seen]
+            seen.update(inner)
     found += [
         ("training", "", schema.TrainingOptions),
         ("training.distributed", "", schema.DistributedOptions),
@@ -77,6 +86,11 @@ def sections() -> list[tuple[str, str, type[BaseModel]]]:
         for name, target in table.items():
             found.append((f"{title}, name: {name}", "", resolve(target).Options))
     return found
+
+
+def is_section(annotation: Any) -> bool:
+    """Whether a field holds a mapping with a class of its own."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def nested(target: str) -> dict[str, type[BaseModel]]:
@@ -116,8 +130,16 @@ def table_of(cls: type[BaseModel]) -> str:
 
 
 def descriptions(cls: type[BaseModel]) -> dict[str, str]:
-    """Field name -> text, from the ``Attributes:`` or ``Args:`` of the docstring."""
-    lines = re.split(r"\n\s*(?:Attributes|Args):\n", cls.__doc__ or "")
+    """Field name -> text, from the docstrings of the class and of those it inherits from."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        found |= own_descriptions(base.__doc__ or "")
+    return found
+
+
+def own_descriptions(docstring: str) -> dict[str, str]:
+    """Field name -> text, from the ``Attributes:`` or ``Args:`` of a docstring."""
+    lines = re.split(r"\n\s*(?:Attributes|Args):\n", docstring)
     if len(lines) < 2:
         return {}
     items = re.split(r"\n {8}(?=\S)", "\n" + lines[1].rstrip())
@@ -147,7 +169,7 @@ def type_of(annotation: Any) -> str:
         return " or ".join(type_of(part) for part in inner)
     if origin is not None and inner:
         return f"{origin.__name__} of {', '.join(type_of(p) for p in inner if p is not ...)}"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if is_section(annotation):
         return "mapping"
     return getattr(annotation, "__name__", str(annotation))
 
