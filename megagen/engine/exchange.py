@@ -89,6 +89,14 @@ class Exchange:
         """The weight of the loss of each request that this replica works on."""
         return self._plan.weights(self._replica, num_requests)
 
+    def items(self, num_requests: int) -> list[Item]:
+        """The requests of the run that this replica works on, in the order of ``collect``."""
+        return self._plan.items(self._replica, num_requests)
+
+    def own_items(self, num_requests: int) -> list[Item]:
+        """This data rank's requests."""
+        return [(self._data.dp_rank, index) for index in range(num_requests)]
+
     def collect(self, own: Sequence[T]) -> list[T]:
         """From one object per own request to one per request that this replica works on.
 
@@ -217,7 +225,7 @@ def _put_in(value: Any, tensors: Sequence[Tensor]) -> Any:
 
 def _map(value: Any, change: Any) -> Any:
     if isinstance(value, Request):
-        fields = ("latents_BCTHW", "timestep", "condition", "extra")
+        fields = ("latents_BCTHW", "timestep", "condition", "extra", "cache")
         return Request(**{name: change(getattr(value, name)) for name in fields})
     if isinstance(value, Mapping):
         return {key: change(item) for key, item in value.items()}

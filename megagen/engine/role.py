@@ -20,10 +20,12 @@ from megagen.core.log import warn_once
 from megagen.engine import build, lora, modes, state
 from megagen.engine.ema import EMA
 from megagen.engine.exchange import Exchange
+from megagen.engine.kv_cache import CacheRef, Caches
 from megagen.engine.optimizer import Optimizer, StepInfo
 from megagen.engine.schedule import Pipeline
 from megagen.engine.settings import EMASettings, OptimizerSettings, RoleSettings
 from megagen.models.base import ModelPlugin, Request, WeightStore
+from megagen.models.cache import KVCache
 from megagen.parallel.mesh import Mesh
 
 __all__ = ["EMASettings", "OptimizerSettings", "Role", "RoleSettings", "StepInfo"]
@@ -59,10 +61,12 @@ class Role:
         self.plugin, self.settings, self.mesh = plugin, settings, mesh
         self.chunks, self.config = list(chunks), config
         self._exchange = Exchange(data_layout, mesh)
+        self._caches = Caches()
         self._is_finite, self._has_gradients = True, False
         self._ddp: list[Any] = []
         self.optimizer: Optimizer | None = None
         self.ema: EMA | None = None
+        self.adapter_reference: Mapping[str, Any] | None = None  # what checkpoints say of the base
         if settings.trainable:
             self._make_trainable()
         else:
@@ -87,11 +91,11 @@ class Role:
             settings: layout, precision, optimizer...
             data_layout: the run's layout, in which requests are given.
             store: where the weights come from.
-
-        Raises:
-            ConfigError: the network cannot be cut as ``settings.dims`` says.
             adapters: where those of ``settings.lora`` come from.
             base: role whose base weights this one uses instead of a copy of its own.
+
+        Raises:
+            ConfigError: the network cannot be cut as ``settings.dims`` says, or not as ``base`` is.
         """
         plugin.check(settings.dims, f"models.{settings.name}.distributed")
         mesh = Mesh.build(settings.dims)
@@ -108,11 +112,11 @@ class Role:
     def _make_trainable(self) -> None:
         settings = self.settings
         assert settings.optimizer is not None, f"{settings.name} is trainable without an optimizer"
+        if settings.lora is not None:
+            lora.freeze_base(self.chunks)
         self._ddp = build.wrap_ddp(self.chunks, settings, self.config, self.mesh)
         self.optimizer = Optimizer(
             self._ddp,
-        if settings.lora is not None:
-            lora.freeze_base(self.chunks)
             settings.optimizer,
             self.mesh,
             is_bf16=settings.precision == "bf16",
@@ -145,6 +149,26 @@ class Role:
         with modes.evaluating(self.chunks):
             found = self._pipeline.forward(work, lambda out, i: self._velocity(out, given[i]))
         return self._deliver(found, given, requests)
+
+    def extend_cache(self, requests: Sequence[Request]) -> list[CacheRef]:
+        """What a causal network keeps after each request's frames: its cache and theirs behind.
+
+        Forward only, without gradient. A request without cache begins a video. The old caches stay
+        as they are; see ``engine/kv_cache.py`` for a rollout.
+
+        Raises:
+            ConfigError: the network is not causal.
+        """
+        given = self._collect(requests)
+        given = [r.with_(cache=(r.cache or KVCache()).recording()) for r in given]
+        work = [self.plugin.inputs(request) for request in given]
+        with modes.evaluating(self.chunks):
+            self._pipeline.forward(work, lambda out, i: None)
+        found = [self.plugin.extended_cache(request) for request in given]
+        items = self._exchange.items(len(requests))
+        ends = [(r.cache.next_frame if r.cache else 0) + r.latents_BCTHW.size(2) for r in requests]
+        own = zip(self._exchange.own_items(len(requests)), ends, strict=True)
+        return self._caches.keep(dict(zip(items, found, strict=True)), list(own))
 
     def input_gradient(self, requests: Sequence[Request], loss_fn: LossFn) -> list[Tensor]:
         """d loss / d ``latents_BCTHW`` through the network, in fp32; weights get no gradient.
@@ -311,6 +335,18 @@ class Role:
             self._pipeline.hold_backward(work, held, losses)
         return self._report(reports, len(requests))
 
+    def _work(self, given: Sequence[Request]) -> list[Request]:
+        """The network's inputs of a pass with gradients.
+
+        Above a frozen embedding nothing would ask for one, and recomputed blocks and stages without
+        an adapter would build no graph: the latents ask.
+        """
+        if self.settings.lora is not None:
+            leaves = [request.latents_BCTHW.detach().requires_grad_() for request in given]
+            pairs = zip(given, leaves, strict=True)
+            given = [request.with_(latents_BCTHW=leaf) for request, leaf in pairs]
+        return [self.plugin.inputs(request) for request in given]
+
     def _velocity(self, output: Tensor, request: Request) -> Tensor:
         return self.plugin.velocity(output.float(), request)
 
@@ -324,6 +360,7 @@ class Role:
             latents_BCTHW=request.latents_BCTHW.to(device),
             timestep=request.timestep.to(device),
             condition={name: value.to(device) for name, value in request.condition.items()},
+            cache=self._caches.find(request.cache),
         )
 
     def _report(
@@ -334,18 +371,6 @@ class Role:
         payload: list[Any] = [list(reports)]
         group = self.mesh.pg.pp
         if group.size() > 1:
-    def _work(self, given: Sequence[Request]) -> list[Request]:
-        """The network's inputs of a pass with gradients.
-
-        Above a frozen embedding nothing would ask for one, and recomputed blocks and stages without
-        an adapter would build no graph: the latents ask.
-        """
-        if self.settings.lora is not None:
-            leaves = [request.latents_BCTHW.detach().requires_grad_() for request in given]
-            pairs = zip(given, leaves, strict=True)
-            given = [request.with_(latents_BCTHW=leaf) for request, leaf in pairs]
-        return [self.plugin.inputs(request) for request in given]
-
             source = dist.get_global_rank(group, group.size() - 1)
             dist.broadcast_object_list(payload, src=source, group=group, device=process.device())
         self._is_finite &= all(math.isfinite(v) for terms in payload[0] for v in terms.values())

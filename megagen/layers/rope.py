@@ -56,6 +56,14 @@ class RotaryTables:
         self._tables.move_to_end(key)
         return self._tables[key]
 
+    def frame_turn(self, num_frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``cos`` and ``sin``, ``[K/2]`` fp32, that move a rotated token on by so many frames."""
+        angles = [torch.zeros(part // 2, dtype=torch.float64) for part in self.parts]
+        exponent = torch.arange(0, self.parts[0], 2, dtype=torch.float64) / self.parts[0]
+        angles[0] = num_frames / self.theta**exponent
+        angle = torch.cat(angles)
+        return angle.cos().float().to(device), angle.sin().float().to(device)
+
     def _make(
         self, grid: tuple[int, int, int], positions: range, device: torch.device
     ) -> tuple[Tensor, Tensor]:
@@ -68,3 +76,10 @@ class RotaryTables:
             angles.append(torch.outer(coordinate.double(), 1.0 / self.theta**exponent))
         angle = torch.cat(angles, dim=1)
         return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def turn(x_SBNK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Every token turned by the same angles ``[K/2]``, in fp32, in the type of ``x``."""
+    even, odd = x_SBNK.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return turned.flatten(-2).to(x_SBNK.dtype)

@@ -18,7 +18,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from megagen.core.errors import ConfigError
 from megagen.core.options import StrictOptions
+from megagen.models.cache import KVCache
 from megagen.parallel.dims import ParallelDims
 
 
@@ -97,6 +99,7 @@ class ModelPlugin(ABC):
     """
 
     family: ClassVar[str]
+    is_causal: ClassVar[bool] = False
     Options: ClassVar[type[StrictOptions]]
 
     # -- shape ---------------------------------------------------------------------------------
@@ -178,6 +181,17 @@ class ModelPlugin(ABC):
     @abstractmethod
     def denormalize(self, latents_BCTHW: Tensor) -> Tensor:
         """Inverse of ``normalize``."""
+
+    def extended_cache(self, request: Request) -> KVCache:
+        """``request.cache`` with what its record holds of the request's frames.
+
+        Raises:
+            ConfigError: the network is not causal.
+        """
+        raise ConfigError(
+            f"a network of the family {self.family!r} sees all frames at once and keeps no cache.",
+            remedy="Choose a causal one (wan_causal).",
+        )
 
     @property
     def timestep_range(self) -> tuple[float, float]:
