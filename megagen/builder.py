@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from megagen import lora
 from megagen.callbacks import CALLBACKS
 from megagen.callbacks.base import Callback
 from megagen.callbacks.builtin import EMAOptions, GradClipOptions
@@ -25,7 +26,7 @@ from megagen.methods.base import RunFacts, TrainingMethod
 from megagen.models import MODELS
 from megagen.models.base import ModelPlugin, WeightStore
 from megagen.parallel.mesh import Mesh
-from megagen.trainer import Run
+from megagen.trainer import Run, agree_on_main
 
 BUILT_IN = {"ema": EMAOptions, "grad_clip": GradClipOptions}
 """Callback names that set the engine rather than hook into the loop (FastVideo's names)."""
@@ -98,6 +99,7 @@ def check(config: RunConfig, plugins: Mapping[str, ModelPlugin], world_size: int
         owner = f"models.{name}" if config.models[name].distributed else "training"
         distributed.dims().dp_size(world_size)
         plugin.check(distributed.dims(), f"{owner}.distributed")
+    lora.check(config, plugins)
     _check_batches(config, world_size)
 
 
@@ -168,9 +170,9 @@ def build_run(config: RunConfig, plugins: Mapping[str, ModelPlugin]) -> Run:
     streams = Streams(config.training.seed)
     mesh = Mesh.build(config.training.distributed.dims())
     loader = build_loader(config, mesh, streams)
-    roles = {
-        name: build_role(config, name, plugin, mesh, streams) for name, plugin in plugins.items()
-    }
+    roles: dict[str, Role] = {}
+    for name, plugin in plugins.items():
+        roles[name] = build_role(config, name, plugin, mesh, streams, roles)
     cls = method_class(config)
     options = parse_options(cls.Options, config.method.own_options(), "method")
     facts = RunFacts(
@@ -247,6 +249,7 @@ def role_settings(config: RunConfig, name: str) -> RoleSettings:
         grad_reduce_in_fp32=distributed.grad_reduce_in_fp32,
         optimizer=optimizer_settings(config, name) if role.trainable else None,
         ema=EMASettings(decay=ema.decay, start_step=ema.start_iter) if ema else None,
+        lora=lora.adapter_spec(config, name),
     )
 
 
@@ -277,11 +280,27 @@ def optimizer_settings(config: RunConfig, name: str) -> OptimizerSettings:
 
 
 def build_role(
-    config: RunConfig, name: str, plugin: ModelPlugin, mesh: Mesh, streams: Streams
+    config: RunConfig,
+    name: str,
+    plugin: ModelPlugin,
+    mesh: Mesh,
+    streams: Streams,
+    built: Mapping[str, Role],
 ) -> Role:
-    """One role with its weights in place."""
-    store = weight_store(config, name, plugin, streams)
-    return Role.build(plugin, role_settings(config, name), data_layout=mesh, store=store)
+    """One role with its weights in place; ``built`` may lend it their base weights."""
+    base = lora.lender(config, name, built)
+    owner = name if base is None else base.name
+    store = weight_store(config, owner, plugin, streams)
+    role = Role.build(
+        plugin,
+        role_settings(config, name),
+        data_layout=mesh,
+        store=store,
+        adapters=lora.adapter_store(config, name, plugin, streams),
+        base=base,
+    )
+    role.adapter_reference = agree_on_main(lambda: lora.reference(config, name, plugin, store))
+    return role
 
 
 def weight_store(

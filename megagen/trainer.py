@@ -16,6 +16,7 @@ import torch.distributed as dist
 import megagen
 from megagen.callbacks.base import Callback
 from megagen.checkpoint import commit, state
+from megagen.checkpoint.adapters import check_reference
 from megagen.config.load import to_yaml
 from megagen.config.schema import RunConfig
 from megagen.core import process
@@ -223,6 +224,11 @@ class Trainer:
                 name: {"_target_": target_of(role.plugin), **role.plugin.portable_options()}
                 for name, role in self.run_parts.roles.items()
             },
+            adapters={
+                name: role.adapter_reference
+                for name, role in self.run_parts.roles.items()
+                if role.adapter_reference is not None
+            },
         )
 
     def _resume(self) -> None:
@@ -239,6 +245,10 @@ class Trainer:
                 where=chosen,
             )
         self._check_optimizer(trainer_state, chosen)
+        for name, role in self.run_parts.roles.items():
+            if role.trainable:
+                saved = trainer_state.adapters.get(name)
+                check_reference(saved, role.adapter_reference, name, chosen)
         state.load(directory, self.run_parts.roles)
         self.step = self._saved_step = trainer_state.step
         log.info("resumed %s", directory)

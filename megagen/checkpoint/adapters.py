@@ -152,7 +152,9 @@ def _plain(key: str) -> str:
     return re.sub(r"\.lora_([AB])\.\w+\.weight$", r".lora_\1.weight", key)
 
 
-def write_adapters(directory: Path, store: WeightStore, spec: AdapterSpec, dtype: Any) -> None:
+def write_adapters(
+    directory: Path, store: WeightStore, spec: AdapterSpec, dtype: torch.dtype | None = None
+) -> None:
     """Write the adapters of ``store`` for diffusers' ``load_lora_weights``.
 
     Args:
@@ -161,9 +163,10 @@ def write_adapters(directory: Path, store: WeightStore, spec: AdapterSpec, dtype
         spec: rank and alpha.
         dtype: of the file; None: as stored.
     """
-    tensors = {
-        PREFIX + name: store.read(name, None, 0, 1).to(dtype).contiguous() for name in store.names()
-    }
+    tensors = {}
+    for name in store.names():
+        tensor = store.read(name, None, 0, 1)
+        tensors[PREFIX + name] = tensor.to(dtype or tensor.dtype).contiguous()
     modules = sorted({name.partition(".lora_")[0] for name in store.names()})
     config = {"r": spec.rank, "lora_alpha": spec.alpha, "target_modules": modules}
     packed = json.dumps({PREFIX + key: value for key, value in config.items()}, sort_keys=True)

@@ -17,8 +17,15 @@ import torch.distributed as dist
 
 import megagen
 from megagen.checkpoint import commit, state
+from megagen.checkpoint.adapters import spec_of, write_adapters
 from megagen.checkpoint.store import DiffusersStore, check_weights
-from megagen.checkpoint.weights import CheckpointStore, Kind, find_checkpoint
+from megagen.checkpoint.weights import (
+    CheckpointStore,
+    Kind,
+    adapter_reference,
+    find_checkpoint,
+    open_role,
+)
 from megagen.checkpoint.writer import DirectoryWriter
 from megagen.core import process
 from megagen.core.errors import CheckpointError
@@ -46,6 +53,9 @@ class Export:
         base: diffusers pipeline whose other parts (VAE, text encoder...) are copied beside, or
             transformer directory whose ``config.json`` is kept; None: the transformer alone.
         max_shard_bytes: largest file, unless one tensor is larger.
+        lora: of a role with adapters: ``merged`` into its base, or the ``adapter`` alone, as
+            diffusers' ``load_lora_weights`` reads it.
+        base_weights: the base of the adapters, where it is not where the run found it.
     """
 
     checkpoint: Path
@@ -55,13 +65,16 @@ class Export:
     dtype: str | None = None
     base: Path | None = None
     max_shard_bytes: int = 5 * 10**9
+    lora: Literal["merged", "adapter"] = "merged"
+    base_weights: str | None = None
 
 
 def to_diffusers(export: Export) -> Path:
-    """Write a role of a checkpoint as a diffusers directory.
+    """Write a role of a checkpoint as a diffusers directory, or its adapters as one.
 
     Returns:
-        The transformer's directory: ``output``, or ``output/transformer`` in a pipeline.
+        The transformer's directory: ``output``, or ``output/transformer`` in a pipeline; of
+        adapters ``output``.
 
     Raises:
         CheckpointError: no such checkpoint or role, or the output exists.
@@ -78,14 +91,20 @@ def to_diffusers(export: Export) -> Path:
             "is there already.", remedy="Choose another --output.", where=str(export.output)
         )
     plugin = rebuild_plugin(state.read_trainer(checkpoint), export.role, checkpoint)
-    store = _store(checkpoint, plugin, export)
+    if export.lora == "adapter":
+        return _write_adapters(checkpoint, plugin, export)
+    store = open_role(
+        checkpoint, plugin, export.role, _kind(checkpoint, plugin, export), base=export.base_weights
+    )
     check_weights(plugin, store)
     is_pipeline = export.base is not None and (export.base / "transformer").is_dir()
     target = export.output / "transformer" if is_pipeline else export.output
-    dtypes = {n: DTYPES[export.dtype] if export.dtype else store.dtype(n) for n in store.names()}
+    shapes = plugin.tensor_shapes()  # a published base may hold tensors that no network reads
+    names = [name for name in store.names() if name in shapes]
+    dtypes = {n: DTYPES[export.dtype] if export.dtype else store.dtype(n) for n in names}
     target.parent.mkdir(parents=True, exist_ok=True)
     writer = DirectoryWriter(plugin, target, dtypes, export.max_shard_bytes)
-    for name in store.names():
+    for name in names:
         writer.write(name, store.read(name, None, 0, 1))
     config_from = export.base / "transformer" if is_pipeline and export.base else export.base
     writer.finish(plugin, config_from)
@@ -154,13 +173,30 @@ def from_diffusers(plugin: ModelPlugin, source: str, output: Path, dims: Paralle
     return target
 
 
-def _store(checkpoint: Path, plugin: ModelPlugin, export: Export) -> CheckpointStore:
+def _kind(checkpoint: Path, plugin: ModelPlugin, export: Export) -> Kind:
+    """What is asked for, else the average where there is one."""
     if export.kind is not None:
-        return CheckpointStore(checkpoint, plugin, export.role, export.kind)
+        return export.kind
     try:
-        return CheckpointStore(checkpoint, plugin, export.role, "ema")
+        CheckpointStore(checkpoint, plugin, export.role, "ema")
     except CheckpointError:
-        return CheckpointStore(checkpoint, plugin, export.role, "weights")
+        return "weights"
+    return "ema"
+
+
+def _write_adapters(checkpoint: Path, plugin: ModelPlugin, export: Export) -> Path:
+    reference = adapter_reference(checkpoint, export.role)
+    if reference is None:
+        raise CheckpointError(
+            f"the role {export.role!r} has no adapters: it was trained whole.",
+            remedy="Export it merged (the default).",
+            where=str(checkpoint),
+        )
+    kind = _kind(checkpoint, plugin, export)
+    store = CheckpointStore(checkpoint, plugin, export.role, kind)
+    dtype = DTYPES[export.dtype] if export.dtype else None
+    write_adapters(export.output, store, spec_of(reference), dtype)
+    return export.output
 
 
 def _dtypes(store: DiffusersStore) -> set[torch.dtype]:

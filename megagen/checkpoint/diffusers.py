@@ -67,7 +67,7 @@ def save_weights(
     dtype: torch.dtype | None = None,
     base_dir: str | Path | None = None,
 ) -> None:
-    """Write the network as a diffusers directory. Collective over all ranks.
+    """Write the network, adapters merged, as a diffusers directory. Collective over all ranks.
 
     Parameters are gathered over TP one at a time and sent to rank 0, which writes them. The
     directory appears whole (staged beside, then renamed); one that holds weights is replaced.
@@ -122,11 +122,10 @@ def _entries(plugin: ModelPlugin, chunks: Sequence[nn.Module], mesh: Any) -> lis
     """Every parameter of all stages once, the same list on every rank of the replica."""
     own = []
     for number, chunk in enumerate(chunks):
-        sources = plugin.weights(chunk)
-        for name, parameter in chunk.named_parameters():
+        for name, source in plugin.weights(chunk).items():
+            parameter = chunk.get_parameter(name)
             if getattr(parameter, "shared", False):
                 continue  # the first stage's copy is written
-            source = sources[name]
             own.append(
                 _Entry(
                     mesh.pg.pp.rank(), number, name, parameter.dtype, source.names, source.shapes
@@ -149,7 +148,7 @@ def _move(
     parts: Sequence[Tensor] = ()
     if pg.pp.rank() == entry.stage:
         parameter = chunks[entry.chunk].get_parameter(entry.parameter)
-        full = _gathered(parameter, pg.tp)
+        full = _gathered(parameter, _merged(chunks[entry.chunk], entry.parameter), pg.tp)
         if full is not None:
             parts = sources[entry.chunk][entry.parameter].split(full)
     if pg.tp.rank() != 0:
@@ -166,9 +165,19 @@ def _move(
             writer.write(name, tensor)
 
 
-def _gathered(parameter: Tensor, group: Any) -> Tensor | None:
-    """The whole parameter on the group's first rank, None on the others."""
-    shard = parameter.detach().contiguous()
+def _merged(chunk: nn.Module, name: str) -> Tensor:
+    """This rank's values of a parameter with what an adapter adds."""
+    path, _, leaf = name.rpartition(".")
+    value = chunk.get_parameter(name).detach()
+    adapter: Any = getattr(chunk.get_submodule(path), "lora", None)
+    if adapter is None or leaf != "weight":
+        return value
+    return (value.float() + adapter.delta_weight().detach()).to(value.dtype)
+
+
+def _gathered(parameter: Tensor, value: Tensor, group: Any) -> Tensor | None:
+    """The whole ``value`` of a parameter on the group's first rank, None on the others."""
+    shard = value.contiguous()
     if group.size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return shard
     is_first = group.rank() == 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class TrainerState:
         world_size: ranks that wrote it (any number may read it).
         config: the resolved run config as plain data; empty for converted weights.
         models: each role's ``_target_`` and portable options, so that a role can be rebuilt alone.
+        adapters: of each role with adapters, which alone are saved: rank, alpha, modules, and which
+            base they belong to.
     """
 
     step: int
@@ -50,6 +52,7 @@ class TrainerState:
     world_size: int
     config: dict[str, Any]
     models: dict[str, dict[str, Any]]
+    adapters: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def save(

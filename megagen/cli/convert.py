@@ -29,12 +29,21 @@ def to_diffusers(
         typer.Option(help="Pipeline whose other parts to copy, or config.json to keep."),
     ] = None,
     max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest file.")] = 5.0,
+    lora: Annotated[
+        str, typer.Option(help="A LoRA role: merged into its base, or the adapter alone.")
+    ] = "merged",
+    base_weights: Annotated[
+        str | None,
+        typer.Option(help="Base of a LoRA role, where it is not where the run found it."),
+    ] = None,
 ) -> None:
     """A role of a checkpoint as a diffusers directory, one tensor in memory at a time."""
     if weights not in ("auto", "weights", "ema"):
         raise ConfigError(f"found {weights!r}; it is auto, weights or ema.", where="--weights")
     if dtype not in ("stored", "fp32", "bf16", "fp16"):
         raise ConfigError(f"found {dtype!r}; it is stored, fp32, bf16 or fp16.", where="--dtype")
+    if lora not in ("merged", "adapter"):
+        raise ConfigError(f"found {lora!r}; it is merged or adapter.", where="--lora")
 
     from megagen.checkpoint.convert import Export
     from megagen.checkpoint.convert import to_diffusers as run
@@ -49,9 +58,12 @@ def to_diffusers(
             None if dtype == "stored" else dtype,
             base,
             int(max_shard_gb * 10**9),
+            cast(Literal["merged", "adapter"], lora),
+            base_weights,
         )
     )
-    _write_spec(checkpoint, target, base)
+    if lora == "merged":
+        _write_spec(checkpoint, target, base)
     print(target)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from megagen.config.lora import LoraOptions
 from megagen.core.options import Betas, StrictOptions
 from megagen.data.options import DataOptions
 from megagen.parallel.dims import CPCommType, ParallelDims
@@ -153,6 +154,7 @@ class RoleOptions(StrictOptions):
         transformer_impl: megatron-core's local linears and norms, or Transformer Engine's.
         fp8: run Transformer Engine's linears in fp8 (needs ``transformer_engine``).
         optimizer: what this role's optimizer does otherwise than ``training.optimizer``.
+        lora: train adapters on the frozen network; None: train the network itself.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=(), populate_by_name=True)
@@ -167,6 +169,7 @@ class RoleOptions(StrictOptions):
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     fp8: bool = False
     optimizer: RoleOptimizerOptions = RoleOptimizerOptions()
+    lora: LoraOptions | None = None
 
     @model_validator(mode="after")
     def _fp8_needs_te(self) -> RoleOptions:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megagen.checkpoint import commit
 from megagen.checkpoint.diffusers import DiffusersStore, check_weights
-from megagen.checkpoint.weights import CheckpointStore, Kind
+from megagen.checkpoint.weights import Kind, open_role
 from megagen.config.load import load_run_config
 from megagen.config.schema import RunConfig
 from megagen.core.errors import CheckpointError, ConfigError
@@ -254,9 +254,9 @@ def _no_spec(path: Path) -> ConfigError:
     )
 
 
-def _checkpoint_store(checkpoint: Path, plugin: ModelPlugin) -> CheckpointStore:
+def _checkpoint_store(checkpoint: Path, plugin: ModelPlugin) -> WeightStore:
     """The student's moving average where the checkpoint has one, else its weights."""
     reader = FileSystemReader(str(checkpoint / "state"))
     stored = reader.read_metadata().state_dict_metadata
     kind: Kind = "ema" if any(key.startswith("student.ema.") for key in stored) else "weights"
-    return CheckpointStore(checkpoint, plugin, "student", kind)
+    return open_role(checkpoint, plugin, "student", kind)
