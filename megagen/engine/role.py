@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megagen.checkpoint.fill import fill
 from megagen.core import process
 from megagen.core.log import warn_once
-from megagen.engine import build, features, lora, modes, state
+from megagen.engine import build, lora, modes, state
 from megagen.engine.ema import EMA
 from megagen.engine.exchange import Exchange
 from megagen.engine.kv_cache import CacheRef, Caches
@@ -170,41 +170,13 @@ class Role:
         own = zip(self._exchange.own_items(len(requests)), ends, strict=True)
         return self._caches.keep(dict(zip(items, found, strict=True)), list(own))
 
-    def features(self, requests: Sequence[Request], blocks: Sequence[int]) -> list[list[Tensor]]:
-        """For each request the outputs of ``blocks``, sorted; what lies behind them is not run.
-
-        Whole fp32 ``[B, D, T', H', W']`` on the token grid, without gradient, on every rank.
-
-        Raises:
-            ConfigError: no block is given, or one that the network does not have.
-        """
-        wanted = features.in_order(self.plugin, blocks)
-        work = [self.plugin.inputs(request) for request in self._collect(requests)]
-        with modes.evaluating(self.chunks):
-            found = features.capture(self._pipeline, work, wanted)
-        shapes = [features.feature_shape(self.plugin, request) for request in requests]
-        own = [torch.empty(1, device=process.device()).expand(shape) for shape in shapes]
-        by_block = [self._exchange.deliver(whole, own) for whole in found]
-        return [list(row) for row in zip(*by_block, strict=True)]
-
-    def input_gradient(
-        self,
-        requests: Sequence[Request],
-        loss_fn: LossFn | None = None,
-        *,
-        feature_loss: FeatureLoss | None = None,
-    ) -> list[Tensor]:
+    def input_gradient(self, requests: Sequence[Request], loss_fn: LossFn) -> list[Tensor]:
         """d loss / d ``latents_BCTHW`` through the network, in fp32; weights get no gradient.
 
         Args:
             requests: one micro-batch each.
             loss_fn: (velocity, request) -> terms, on the last stage; the latents that it sees in
-                the request are constants. None: what lies behind the last block of
-                ``feature_loss`` is not run.
-            feature_loss: is added; its ``losses`` are filled.
-
-        Raises:
-            ConfigError: ``feature_loss`` names no block, or one that the network does not have.
+                the request are constants.
         """
         given = self._pipeline.padded(self._collect(requests))
         leaves = [r.latents_BCTHW.detach().float().requires_grad_() for r in given]
