@@ -1,0 +1,294 @@
+"""DMD2 written down once more, in double precision, in one process, with diffusers' own class.
+
+Nothing of megagen's methods is used here but the names under which random numbers are drawn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megagen.core.options import parse_options
+from megagen.core.streams import Streams
+from megagen.data.batch import Batch
+from megagen.engine.role import Role
+from megagen.methods.base import RunFacts
+from megagen.methods.dmd2 import DMD2Method
+from megagen.parallel.dims import ParallelDims
+from megagen.parallel.mesh import Mesh
+from tests.engine import cases
+
+SEED = 77
+NUM_BATCHES = 4
+SHIFT = 3.0
+ROLES = ("student", "teacher", "critic")
+ADAMW = replace(cases.ADAMW, max_grad_norm=0.0, use_distributed_optimizer=False)
+CRITIC = replace(ADAMW, learning_rate=3e-3, betas=(0.5, 0.9))
+LATENTS = (3, *cases.SIZE)
+
+
+def batches(step: int, *, text_only: bool = False) -> list[Batch]:
+    """All micro-batches of a step; a function of the step."""
+    generator = torch.Generator().manual_seed(500 + step)
+    found = []
+    for number in range(NUM_BATCHES):
+        first = (step * NUM_BATCHES + number) * cases.BATCH
+        positions = tuple(range(first, first + cases.BATCH))
+        latents = torch.randn(cases.BATCH, *LATENTS, generator=generator)
+        text = torch.randn(cases.BATCH, 5, 6, generator=generator)
+        names = tuple(map(str, positions))
+        found.append(
+            Batch(
+                None if text_only else latents,
+                {"text_embeds_BLD": text},
+                positions,
+                names,
+                names,
+                LATENTS,
+            )
+        )
+    return found
+
+
+def facts() -> RunFacts:
+    """A negative prompt of 4 tokens, to be padded to the samples' 5."""
+    negative = torch.randn(4, 6, generator=torch.Generator().manual_seed(9))
+    return RunFacts(unconditional={"negative": negative})
+
+
+# -- megagen, run in ranks -----------------------------------------------------------------------
+def make_method(
+    weights: Sequence[cases.Weights],
+    data: ParallelDims,
+    layouts: Sequence[ParallelDims],
+    options: Mapping[str, Any],
+    schedule: str = "replay",
+    **settings: Any,
+) -> DMD2Method:
+    """The method over three roles."""
+    roles: dict[str, Role] = {}
+    for name, tensors, dims in zip(ROLES, weights, layouts, strict=True):
+        own = {"optimizer": CRITIC if name == "critic" else ADAMW, "score_schedule": schedule}
+        own |= settings
+        if name == "teacher":
+            own = {"trainable": False}
+        roles[name] = cases.make_role(tensors, dims, data=data, name=name, **own)
+    parsed = parse_options(DMD2Method.Options, options, "method")
+    DMD2Method.check(parsed, {name: role.plugin for name, role in roles.items()})
+    return DMD2Method(roles, parsed, Streams(SEED), facts())
+
+
+def own_batches(step: int, mesh: Mesh, **kind: Any) -> list[Batch]:
+    """Those of this rank's data rank."""
+    share = NUM_BATCHES // mesh.dp_size
+    return batches(step, **kind)[mesh.dp_rank * share : (mesh.dp_rank + 1) * share]
+
+
+def gradients_of(role: Role) -> dict[str, Tensor]:
+    """After a step of the plain optimizer without clipping."""
+    return cases.whole(role, lambda p: p.main_grad)
+
+
+# -- the reference -------------------------------------------------------------------------------
+@contextlib.contextmanager
+def true_double() -> Iterator[None]:
+    """diffusers rounds norms to float32 in between; not in here."""
+    original = torch.Tensor.float
+
+    def keep(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self if self.dtype == torch.float64 else original(self, *args, **kwargs)
+
+    torch.Tensor.float = keep  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.float = original  # type: ignore[method-assign]
+
+
+class Reference:
+    """Three networks in double precision and DMD2's two losses.
+
+    Args:
+        weights: of student, teacher and critic.
+        options: of the method, all keys that are used given.
+    """
+
+    def __init__(self, weights: Sequence[cases.Weights], options: Mapping[str, Any]) -> None:
+        settings = (ADAMW, ADAMW, CRITIC)
+        nets = [cases.PlainModel(w, s) for w, s in zip(weights, settings, strict=True)]
+        for net in nets:
+            net.model.double()
+        self.student, self.teacher, self.critic = nets
+        self.o = {
+            "student_sample_type": "sde",
+            "real_score_guidance_scale": 1.0,
+            "fake_score_guidance_scale": 1.0,
+            "generator_update_interval": 1,
+            "vsd_normalizer": "sample",
+            "fake_score_pred_type": "flow",
+            "share_rollout": True,
+            "min_timestep_ratio": 0.0,
+            "max_timestep_ratio": 1.0,
+            **options,
+        }
+        steps = [float(t) for t in self.o["dmd_denoising_steps"]]
+        if self.o.get("warp_denoising_step"):
+            steps = [1000 * SHIFT * t / (1000 + (SHIFT - 1) * t) for t in steps]
+        self.steps = [float(torch.tensor(t)) for t in steps]  # the networks see float32
+        simulates = self.o["rollout_mode"] == "simulate"
+        self.share = self.o.get("student_step_per") or ("step" if simulates else "sample")
+        self.streams = Streams(SEED)
+
+    # -- random numbers --------------------------------------------------------------------------
+    def normal(self, purpose: str, step: int, batch: Batch) -> Tensor:
+        found = [
+            torch.randn(LATENTS, generator=self.streams.generator(purpose, step, p))
+            for p in batch.positions
+        ]
+        return torch.stack(found).double()
+
+    def keys(self, share: str, batch: Batch) -> list[int]:
+        one = {"step": -1, "micro_batch": batch.positions[0]}
+        return [one.get(share, p) for p in batch.positions]
+
+    def chosen(self, loss: str, step: int, batch: Batch) -> list[int]:
+        return [
+            int(
+                torch.randint(
+                    0,
+                    len(self.steps),
+                    (),
+                    generator=self.streams.generator(f"{loss}/rollout/step", step, key),
+                )
+            )
+            for key in self.keys(self.share, batch)
+        ]
+
+    def score_times(self, loss: str, step: int, batch: Batch) -> Tensor:
+        per = self.o.get("score_timestep_per", "sample")
+        found = []
+        for key in self.keys(per, batch):
+            generator = self.streams.generator(f"{loss}/score_timestep", step, key)
+            u = 1 - float(torch.rand((), generator=generator))
+            t = 1000 * SHIFT * u / (1 + (SHIFT - 1) * u)
+            low, high = 1000 * self.o["min_timestep_ratio"], 1000 * self.o["max_timestep_ratio"]
+            found.append(min(max(t, low), high))
+        return torch.tensor(found, dtype=torch.float64).float()
+
+    # -- networks --------------------------------------------------------------------------------
+    def velocity(self, net: cases.PlainModel, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return net.model(x, t, text.double(), return_dict=False)[0]
+
+    def x0(self, net: cases.PlainModel, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return x - wide(t) * self.velocity(net, x, t, text)
+
+    def guided(
+        self, net: cases.PlainModel, x: Tensor, t: Tensor, text: Tensor, scale: float
+    ) -> Tensor:
+        cond = self.x0(net, x, t, text)
+        if scale == 1:
+            return cond
+        negative = torch.zeros_like(text)
+        negative[:, :4] = facts().unconditional["negative"]
+        uncond = self.x0(net, x, t, negative)
+        return uncond + scale * (cond - uncond)
+
+    # -- the algorithm ---------------------------------------------------------------------------
+    def student_input(self, loss: str, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(x_t, t) at the timestep that each sample is trained at."""
+        chosen, text = self.chosen(loss, step, batch), batch.condition["text_embeds_BLD"]
+        if self.o["rollout_mode"] == "data_latent":
+            t = torch.tensor([self.steps[j] for j in chosen])
+            eps = self.normal(f"{loss}/rollout/noise/0", step, batch)
+            assert batch.latents_BCTHW is not None
+            return (1 - wide(t)) * batch.latents_BCTHW.double() + wide(t) * eps, t
+        x = self.normal(f"{loss}/rollout/noise/0", step, batch) * self.steps[0] / 1000
+        inputs = [x]
+        for k in range(max(chosen)):
+            t, below = (torch.full((cases.BATCH,), self.steps[k + i]) for i in (0, 1))
+            x0 = self.x0(self.student, x, t, text)
+            eps = (x - (1 - wide(t)) * x0) / wide(t)
+            if self.o["student_sample_type"] == "sde":
+                eps = self.normal(f"{loss}/rollout/noise/{k + 1}", step, batch)
+            x = (1 - wide(below)) * x0 + wide(below) * eps
+            inputs.append(x)
+        rows = torch.stack([inputs[j][i] for i, j in enumerate(chosen)])
+        return rows.detach(), torch.tensor([self.steps[j] for j in chosen])
+
+    def renoised(self, loss: str, step: int, batch: Batch, x0: Tensor) -> tuple[Any, ...]:
+        t, eps = (
+            self.score_times(loss, step, batch),
+            self.normal(f"{loss}/score_noise", step, batch),
+        )
+        return (1 - wide(t)) * x0 + wide(t) * eps, t, eps
+
+    def student_loss(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss of one micro-batch, and its samples."""
+        text = batch.condition["text_embeds_BLD"]
+        with torch.no_grad():
+            x, t = self.student_input("student", step, batch)
+        x0 = self.x0(self.student, x, t, text)
+        with torch.no_grad():
+            x_t, s, _ = self.renoised("student", step, batch, x0)
+            fake_scale, real_scale = (self.o[f"{n}_score_guidance_scale"] for n in ("fake", "real"))
+            fake = self.guided(self.critic, x_t, s, text, fake_scale)
+            real = self.guided(self.teacher, x_t, s, text, real_scale)
+        frames = self.o.get("gradient_frames") or x0.shape[2]
+        x0_w, fake, real = (v[:, :, -frames:] for v in (x0, fake, real))
+        axes = (1, 2, 3, 4) if self.o["vsd_normalizer"] == "sample" else (0, 1, 2, 3, 4)
+        distance = (x0_w.detach() - real).abs().mean(axes, keepdim=True)
+        g = (fake - real) / (distance + 1e-6)
+        target = (x0_w - g).detach()
+        return 0.5 * (x0_w - target).square().mean(), x0.detach()
+
+    def critic_loss(self, step: int, batch: Batch, x0: Tensor) -> Tensor:
+        x_t, t, eps = self.renoised("critic", step, batch, x0)
+        v = self.velocity(self.critic, x_t, t, batch.condition["text_embeds_BLD"])
+        s, space = wide(t), self.o["fake_score_pred_type"]
+        error = v - (eps - x0)
+        # x0 = x_t - s v, eps = x_t + (1 - s) v, v = (1 - s) eps - s x0: linear in the velocity
+        factor = {"flow": 1.0, "x0": s, "eps": 1 - s, "v": (1 - s) ** 2 + s**2}[space]
+        return (factor * error).square().mean()
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One iteration: losses, gradient norms, gradients; the weights move."""
+        moves_student = (step + 1) % self.o["generator_update_interval"] == 0
+        moves_critic = self.o.get("critic_on_student_steps", True) or not moves_student
+        found: dict[str, Any] = {}
+        with true_double():
+            for batch in batches(step):
+                x0 = None
+                if moves_student:
+                    loss, x0 = self.student_loss(step, batch)
+                    (loss / NUM_BATCHES).backward()
+                    add(found, "loss/generator", loss.item() / NUM_BATCHES)
+                if not moves_critic:
+                    continue
+                if x0 is None or not self.o["share_rollout"]:
+                    with torch.no_grad():
+                        x, t = self.student_input("critic", step, batch)
+                        text = batch.condition["text_embeds_BLD"]
+                        x0 = self.x0(self.student, x, t, text)
+                loss = self.critic_loss(step, batch, x0)
+                (loss / NUM_BATCHES).backward()
+                add(found, "loss/fake_score", loss.item() / NUM_BATCHES)
+        found["loss/total"] = sum(v for k, v in found.items() if k.startswith("loss/"))
+        for name, moves in (("student", moves_student), ("critic", moves_critic)):
+            net: cases.PlainModel = getattr(self, name)
+            if moves:
+                found[name] = {n: g.clone() for n, g in net.gradients().items()}
+                found[f"grad_norm/{name}"] = net.step()
+        return found
+
+
+def wide(t: Tensor) -> Tensor:
+    return t.double().view(-1, 1, 1, 1, 1) / 1000
+
+
+def add(found: dict[str, Any], name: str, value: float) -> None:
+    found[name] = found.get(name, 0.0) + value

@@ -1,0 +1,175 @@
+"""DMD2 against its formulas in double precision, and under every layout."""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megagen.core.errors import ConfigError
+from megagen.core.options import parse_options
+from megagen.methods.dmd2 import DMD2Method
+from megagen.parallel.dims import ParallelDims
+from megagen.parallel.launch import run_ranks
+from megagen.parallel.mesh import Mesh
+from tests.engine import cases
+from tests.methods import dmd2_cases as dmd2
+
+NUM_STEPS = 5
+SINGLE, TP2, CP2 = ParallelDims(), ParallelDims(tp_size=2), ParallelDims(cp_size=2)
+PP2, TP2_PP2 = ParallelDims(pp_size=2), ParallelDims(tp_size=2, pp_size=2)
+TP2_SP = ParallelDims(tp_size=2, sequence_parallel=True)
+# ranks, data layout, student, teacher, critic
+LAYOUTS = {
+    "tp2": (2, *[TP2] * 4),
+    "cp2": (2, *[CP2] * 4),
+    "pp2": (2, *[PP2] * 4),
+    "dp2": (2, *[SINGLE] * 4),
+    "tp2_pp2": (4, *[TP2_PP2] * 4),
+    "three_layouts": (4, TP2_SP, PP2, TP2_SP, CP2),
+}
+DATA = {
+    "rollout_mode": "data_latent",
+    "dmd_denoising_steps": [1000, 750, 500, 250],
+    "warp_denoising_step": True,
+    "generator_update_interval": 2,
+    "real_score_guidance_scale": 3.5,
+}
+SIMULATE = {
+    "rollout_mode": "simulate",
+    "dmd_denoising_steps": [1000, 900, 700, 300],
+    "generator_update_interval": 2,
+    "real_score_guidance_scale": 4.5,
+    "min_timestep_ratio": 0.02,
+    "max_timestep_ratio": 0.98,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "data": DATA,
+    "data_fastvideo": {
+        **DATA,
+        "share_rollout": False,
+        "vsd_normalizer": "micro_batch",
+        "score_timestep_per": "micro_batch",
+        "student_step_per": "micro_batch",
+    },
+    "simulate_sde": SIMULATE,
+    "simulate_ode_per_sample": {
+        **SIMULATE,
+        "student_sample_type": "ode",
+        "student_step_per": "sample",
+        "fake_score_guidance_scale": 1.5,
+    },
+    "x0_space_last_frames": {**DATA, "fake_score_pred_type": "x0", "gradient_frames": 2},
+    "v_space_alternating": {
+        **SIMULATE,
+        "fake_score_pred_type": "v",
+        "critic_on_student_steps": False,
+        "real_score_guidance_scale": 1.0,
+    },
+}
+METRICS = ("loss/generator", "loss/fake_score", "loss/total")
+METRICS += ("grad_norm/student", "grad_norm/critic")
+
+
+@functools.cache
+def weights() -> list[cases.Weights]:
+    seed = int(os.environ.get("MEGAGEN_TEST_SEED", secrets.randbelow(2**31)))
+    print(f"weights from seed {seed}")
+    return [cases.random_weights(seed + i) for i in range(3)]
+
+
+@functools.cache
+def expected(variant: str, num_steps: int) -> list[dict[str, Any]]:
+    reference = dmd2.Reference(weights(), VARIANTS[variant])
+    return [reference.step(step) for step in range(num_steps)]
+
+
+def run(
+    given: list[cases.Weights],
+    data: ParallelDims,
+    layouts: list[ParallelDims],
+    options: dict[str, Any],
+    schedule: str,
+    num_steps: int,
+) -> list[dict[str, Any]]:
+    """In a rank: metrics over all data ranks and, of the steps, the gradients."""
+    method = dmd2.make_method(given, data, layouts, options, schedule)
+    mesh, found = Mesh.build(data), []
+    for step in range(num_steps):
+        kind = {"text_only": options["rollout_mode"] == "simulate"}
+        result = method.train_step(dmd2.own_batches(step, mesh, **kind), step)
+        assert not result.skipped
+        metrics: dict[str, Any] = {k: average(v) for k, v in result.metrics.items()}
+        for name in ("student", "critic"):
+            if f"grad_norm/{name}" in metrics:
+                metrics[name] = dmd2.gradients_of(method.roles[name])
+        found.append(metrics)
+    return found
+
+
+def average(value: float) -> float:
+    """Over data ranks, as the trainer does it."""
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
+
+
+def check(ranks: list[list[dict[str, Any]]], reference: list[dict[str, Any]]) -> None:
+    for step, wanted in enumerate(reference):
+        for found in (rank[step] for rank in ranks):
+            assert {m for m in METRICS if m in found} == {m for m in METRICS if m in wanted}
+            cases.close([found[m] for m in METRICS if m in found], curve(wanted))
+    for name in ("student", "critic"):
+        first = next(i for i, wanted in enumerate(reference) if name in wanted)
+        gradients = cases.merge([rank[first][name] for rank in ranks])
+        assert worst_of_norm(gradients, reference[first][name]) < 1e-5
+
+
+def curve(metrics: dict[str, Any]) -> list[float]:
+    return [metrics[m] for m in METRICS if m in metrics]
+
+
+def worst_of_norm(found: cases.Weights, wanted: cases.Weights) -> float:
+    """The largest error of any tensor's gradient, relative to that of the whole network."""
+    assert found.keys() == wanted.keys()
+    norm = sum(float(g.double().square().sum()) for g in wanted.values()) ** 0.5
+    error: Tensor = torch.stack([(found[n].double() - wanted[n]).norm() for n in wanted])
+    return float(error.max()) / norm
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_and_gradients_from_the_formulas(variant: str) -> None:
+    found = run_ranks(1, run, weights(), SINGLE, [SINGLE] * 3, VARIANTS[variant], "replay", 2)
+    check(found, expected(variant, 2))
+
+
+@pytest.mark.parametrize("schedule", ["replay", "hold"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_five_steps_under_every_layout(layout: str, schedule: str) -> None:
+    num_ranks, data, *layouts = LAYOUTS[layout]
+    variant = "simulate_sde" if schedule == "hold" else "data"
+    found = run_ranks(
+        num_ranks, run, weights(), data, layouts, VARIANTS[variant], schedule, NUM_STEPS
+    )
+    check(found, expected(variant, NUM_STEPS))
+
+
+def test_options_are_checked() -> None:
+    plugins = {name: cases.make_plugin() for name in dmd2.ROLES}
+
+    def refused(match: str, **changes: Any) -> None:
+        with pytest.raises(ConfigError, match=match):
+            DMD2Method.check(parse_options(DMD2Method.Options, {**DATA, **changes}, ""), plugins)
+
+    refused("one of t_list", dmd_denoising_steps=None)
+    refused("ends with 0", dmd_denoising_steps=None, t_list=[1000, 500])
+    refused("go down", dmd_denoising_steps=[500, 750])
+    refused("4 steps", student_sample_steps=3)
+    refused("no score timestep", min_timestep_ratio=0.5, max_timestep_ratio=0.5)
+    refused("did you mean 'real_score_guidance_scale'", real_score_guidence_scale=3)
