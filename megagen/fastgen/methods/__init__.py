@@ -1,0 +1,5 @@
+"""Distillation methods, one file each."""
+
+from megagen.fastgen.methods.dmd import DMDPipeline
+
+__all__ = ["DMDPipeline"]
