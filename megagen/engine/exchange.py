@@ -89,9 +89,10 @@ class Exchange:
         """The weight of the loss of each request that this replica works on."""
         return self._plan.weights(self._replica, num_requests)
 
-    def items(self, num_requests: int) -> list[Item]:
-        """The requests of the run that this replica works on, in the order of ``collect``."""
-        return self._plan.items(self._replica, num_requests)
+    def all_items(self, num_requests: int) -> list[Item]:
+        """The requests of this replica's data ranks, in the order of ``collect_all``."""
+        contents = self._plan.contents[self._replica]
+        return [(data_rank, index) for data_rank in contents for index in range(num_requests)]
 
     def own_items(self, num_requests: int) -> list[Item]:
         """This data rank's requests."""
@@ -102,12 +103,17 @@ class Exchange:
 
         Collective over the role's replica. Every data rank has the same number of requests.
         """
-        wanted = self._plan.items(self._replica, len(own))
+        wanted = set(self._plan.items(self._replica, len(own)))
+        found = zip(self.all_items(len(own)), self.collect_all(own), strict=True)
+        return [each for item, each in found if item in wanted]
+
+    def collect_all(self, own: Sequence[T]) -> list[T]:
+        """``collect`` without sharing out: one object per request of this replica's data ranks."""
         union: dict[int, Sequence[T]] = {self._data.dp_rank: own}
         if self.gathers:
             for data_rank in self._plan.contents[self._replica]:
                 union[data_rank] = self._broadcast(own, data_rank)
-        return [union[data_rank][index] for data_rank, index in wanted]
+        return [union[data_rank][index] for data_rank, index in self.all_items(len(own))]
 
     def deliver(self, results: Sequence[Tensor], own: Sequence[Tensor]) -> list[Tensor]:
         """From results of this replica's requests to those of the own ones.

@@ -22,6 +22,7 @@ they are cut into blocks from its first on. The network's window decides what is
 Where a role's layout differs from the run's, its ranks hold parts of other data ranks' caches too.
 So a reference carries no tensors between ranks: each rank finds its own part by the reference's
 key, and keeps all parts of one ``extend_cache`` while it holds any reference made by that call.
+Replicas that serve the same data ranks each write all their caches.
 """
 
 from __future__ import annotations
@@ -88,17 +89,11 @@ class Caches:
         """This rank's part of a cache.
 
         Raises:
-            ValueError: it is not here: of another role, or asked for beside another number of
-                micro-batches than it was made with, so that another replica has it.
+            ValueError: it is of another role, or was not kept on every rank.
         """
         if ref is None:
             return None
         parts = ref.parts or self._alive.get(ref.serial)
         if parts is None or self._alive.get(ref.serial) is not parts:
-            raise ValueError(f"{ref} is not of this role, or not on every rank held any more")
-        if ref.item not in parts.caches:
-            raise ValueError(
-                f"{ref} is held by another replica of the role: extend_cache and the passes that "
-                "use its caches need the same number of requests"
-            )
+            raise ValueError(f"{ref} is not of this role, or not every rank holds it any more")
         return parts.caches[ref.item]

@@ -159,13 +159,14 @@ class Role:
         Raises:
             ConfigError: the network is not causal.
         """
-        given = self._collect(requests)
+        # on every replica that has the request: which one works on it later, nobody knows yet
+        given = [self._on_device(request) for request in self._exchange.collect_all(requests)]
         given = [r.with_(cache=(r.cache or KVCache()).recording()) for r in given]
         work = [self.plugin.inputs(request) for request in given]
         with modes.evaluating(self.chunks):
             self._pipeline.forward(work, lambda out, i: None)
         found = [self.plugin.extended_cache(request) for request in given]
-        items = self._exchange.items(len(requests))
+        items = self._exchange.all_items(len(requests))
         ends = [(r.cache.next_frame if r.cache else 0) + r.latents_BCTHW.size(2) for r in requests]
         own = zip(self._exchange.own_items(len(requests)), ends, strict=True)
         return self._caches.keep(dict(zip(items, found, strict=True)), list(own))

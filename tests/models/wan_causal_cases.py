@@ -70,17 +70,22 @@ class Masked:
         rule: which frames see which.
         num_frames: of the video; the sequence has them twice where ``has_clean``.
         has_clean: clean frames before noisy ones.
+        stops: no gradient goes into the clean frames' keys and values.
     """
 
     rule: Rule
     num_frames: int
     has_clean: bool = False
+    stops: bool = False
 
     def __call__(self, attn: Any, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         q, k = attn.norm_q(attn.to_q(hidden)), attn.norm_k(attn.to_k(hidden))
         v = attn.to_v(hidden)
         q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, v))
         size = GRID[0] * GRID[1]
+        if self.stops:
+            clean = self.num_frames * size
+            k, v = (torch.cat([x[:, :clean].detach(), x[:, clean:]], dim=1) for x in (k, v))
         total = hidden.size(1) // size
         out = []
         for query in range(total):
@@ -132,12 +137,13 @@ class Reference:
     Args:
         weights: in diffusers' names.
         rule: which frames see which.
+        stops: no gradient goes into clean frames' keys and values.
     """
 
-    def __init__(self, weights: Weights, rule: Rule) -> None:
+    def __init__(self, weights: Weights, rule: Rule, *, stops: bool = False) -> None:
         self.model = WanTransformer3DModel(**ARCH)
         self.model.load_state_dict(dict(weights))
-        self.rule = rule
+        self.rule, self.stops = rule, stops
 
     def __call__(self, request: Request) -> Tensor:
         """Velocity of a whole video, teacher-forced where the request has clean frames."""
@@ -150,7 +156,7 @@ class Reference:
             known = request.condition.get("clean_timestep", torch.zeros(len(clean)))
             timestep = torch.cat([known[:, None].expand(-1, frames), timestep], dim=1)
         for block in self.model.blocks:
-            block.attn1.set_processor(Masked(self.rule, frames, clean is not None))
+            block.attn1.set_processor(Masked(self.rule, frames, clean is not None, self.stops))
         tokens = timestep.repeat_interleave(GRID[0] * GRID[1], dim=1)
         text = request.condition["text_embeds_BLD"]
         return self.model(latents, tokens, text, return_dict=False)[0][:, :, -frames:]
