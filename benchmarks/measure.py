@@ -51,6 +51,19 @@ def compare(
     }
 
 
+def reset_peak() -> None:
+    """Start the kernel's peak counter anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_mb(field: str) -> float:
+    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise SystemExit(f"/proc/self/status has no {field}")
+
+
 def machine() -> str:
     """A folder name for this machine: its processor and number of cores, or its GPU."""
     if torch.cuda.is_available():

@@ -13,13 +13,12 @@ import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import typer
 
-from benchmarks.measure import compare, time_once, write_result
+from benchmarks.measure import compare, reset_peak, resident_mb, time_once, write_result
 from benchmarks.wan_step import CASES, Step, make_ours, make_theirs
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -118,19 +117,6 @@ def saved_for_backward_mb(step: Step) -> float:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
     return sum(seen.values()) / 2**20
-
-
-def reset_peak() -> None:
-    """Start the kernel's peak counter anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def resident_mb(field: str) -> float:
-    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1024
-    raise SystemExit(f"/proc/self/status has no {field}")
 
 
 def measure_layouts(name: str, pairs: int) -> dict[str, Any]:
