@@ -56,6 +56,12 @@ def stage_layers(
     return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
+def layer_stage(num_layers: int, dims: ParallelDims, layer: int) -> int:
+    """The pipeline rank that holds ``layer``."""
+    stages = stage_layers(num_layers, dims)
+    return next(s for s, layers in enumerate(stages) if layer in layers) % dims.pp_size
+
+
 def rank_chunks(num_layers: int, dims: ParallelDims, pp_rank: int) -> list[Chunk]:
     """The chunks of one pipeline rank: virtual stages ``pp_rank``, ``pp_size + pp_rank``..."""
     stages = stage_layers(num_layers, dims)

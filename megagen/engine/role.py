@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from megagen.checkpoint.fill import fill
 from megagen.core import process
 from megagen.core.log import warn_once
-from megagen.engine import build, lora, modes, state
+from megagen.engine import build, features, lora, modes, state
 from megagen.engine.ema import EMA
 from megagen.engine.exchange import Exchange
+from megagen.engine.features import FeatureLoss
 from megagen.engine.kv_cache import CacheRef, Caches
 from megagen.engine.optimizer import Optimizer, StepInfo
 from megagen.engine.schedule import Pipeline
@@ -28,7 +29,7 @@ from megagen.models.base import ModelPlugin, Request, WeightStore
 from megagen.models.cache import KVCache
 from megagen.parallel.mesh import Mesh
 
-__all__ = ["EMASettings", "OptimizerSettings", "Role", "RoleSettings", "StepInfo"]
+__all__ = ["EMASettings", "FeatureLoss", "OptimizerSettings", "Role", "RoleSettings", "StepInfo"]
 
 LossTerms = Mapping[str, Tensor]
 """Scalars; ``loss`` is what is differentiated, the mean over the micro-batch."""
@@ -171,30 +172,65 @@ class Role:
         own = zip(self._exchange.own_items(len(requests)), ends, strict=True)
         return self._caches.keep(dict(zip(items, found, strict=True)), list(own))
 
-    def input_gradient(self, requests: Sequence[Request], loss_fn: LossFn) -> list[Tensor]:
+    def features(self, requests: Sequence[Request], blocks: Sequence[int]) -> list[list[Tensor]]:
+        """For each request the outputs of ``blocks``, sorted; what lies behind them is not run.
+
+        Whole fp32 ``[B, D, T', H', W']`` on the token grid, without gradient, on every rank.
+
+        Raises:
+            ConfigError: no block is given, or one that the network does not have.
+        """
+        wanted = features.in_order(self.plugin, blocks)
+        work = [self.plugin.inputs(request) for request in self._collect(requests)]
+        with modes.evaluating(self.chunks):
+            found = features.capture(self._pipeline, work, wanted)
+        own = features.templates(self.plugin, requests)
+        by_block = [self._exchange.deliver(whole, own) for whole in found]
+        return [list(row) for row in zip(*by_block, strict=True)]
+
+    def input_gradient(
+        self,
+        requests: Sequence[Request],
+        loss_fn: LossFn | None = None,
+        *,
+        feature_loss: FeatureLoss | None = None,
+    ) -> list[Tensor]:
         """d loss / d ``latents_BCTHW`` through the network, in fp32; weights get no gradient.
 
         Args:
             requests: one micro-batch each.
             loss_fn: (velocity, request) -> terms, on the last stage; the latents that it sees in
-                the request are constants.
+                the request are constants. None: what lies behind the last block of
+                ``feature_loss`` is not run.
+            feature_loss: is added; its ``losses`` are filled.
+
+        Raises:
+            ConfigError: ``feature_loss`` names no block, or one that the network does not have.
         """
+        assert loss_fn is not None or feature_loss is not None, "no loss"
         given = self._pipeline.padded(self._collect(requests))
+        count = len(self._exchange.weights(len(requests)))
         leaves = [r.latents_BCTHW.detach().float().requires_grad_() for r in given]
         pairs = zip(given, leaves, strict=True)
         work = [self.plugin.inputs(r.with_(latents_BCTHW=leaf)) for r, leaf in pairs]
         # the schedule takes the mean over micro-batches and multiplies by cp
         scale = len(work) / self.mesh.dims.cp_size
+        taps = features.loss_taps(
+            feature_loss, self._pipeline, given[:count], stops=loss_fn is None
+        )
 
         def on_output(output: Tensor, index: int) -> tuple[Tensor, None]:
+            if loss_fn is None:
+                return output[:0].float().sum(), None  # zero, and so is its gradient
             terms = loss_fn(self._velocity(output, given[index]), given[index])
             return terms["loss"] * scale, None
 
         with modes.frozen(self.chunks, self._ddp):
-            self._pipeline.forward_backward(work, on_output)
-        count = len(self._exchange.weights(len(requests)))
-        gradients = [self._whole_gradient(leaf) for leaf in leaves[:count]]
-        self._from_stage(gradients, 0)
+            self._pipeline.forward_backward(work, on_output, taps)
+        if feature_loss is not None and taps is not None:
+            feature_loss.losses = self._exchange.deliver_objects(taps.losses(), len(requests))
+        gradients = [self._pipeline.whole_gradient(leaf) for leaf in leaves[:count]]
+        self._pipeline.from_stage(gradients, 0)
         return self._exchange.deliver(gradients, self._templates(requests))
 
     # -- training ----------------------------------------------------------------------------------
@@ -383,37 +419,13 @@ class Role:
     ) -> list[Tensor]:
         """The last stage's predictions of ``given`` as those of ``requests``, on every rank."""
         results = list(found) if found else self._templates(given)
-        self._from_stage(results, self.mesh.dims.pp_size - 1)
+        self._pipeline.from_stage(results, self.mesh.dims.pp_size - 1)
         return self._exchange.deliver(results, self._templates(requests))
 
     def _templates(self, requests: Sequence[Request]) -> list[Tensor]:
         """Empty fp32 tensors of the requests' latent shapes."""
         device = process.device()
         return [torch.empty(r.latents_BCTHW.shape, device=device) for r in requests]
-
-    def _from_stage(self, tensors: list[Tensor], stage: int) -> None:
-        """Replace ``tensors`` by those of a pipeline stage, in one message."""
-        group = self.mesh.pg.pp
-        if group.size() == 1:
-            return
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.broadcast(flat, src=dist.get_global_rank(group, stage), group=group)
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        tensors[:] = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
-
-    def _whole_gradient(self, leaf: Tensor) -> Tensor:
-        """Each rank has the gradient through its own tokens: their sum over the ranks.
-
-        On stages that do not see the latents it is zero.
-        """
-        gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
-        for group, is_shared in (
-            (self.mesh.pg.cp, self.mesh.dims.cp_size > 1),
-            (self.mesh.pg.tp, self.mesh.dims.sequence_parallel and self.mesh.dims.tp_size > 1),
-        ):
-            if is_shared:
-                dist.all_reduce(gradient, group=group)
-        return gradient
 
 
 def _floats(terms: LossTerms) -> dict[str, float]:

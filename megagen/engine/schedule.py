@@ -17,14 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagen.core.errors import ConfigError
-from megagen.models.base import ModelPlugin, Request
+from megagen.models.base import BlockTap, ModelPlugin, Request
 from megagen.parallel.mesh import Mesh
 
 OnOutput = Callable[[Tensor, int], tuple[Tensor, Any]]
 """(raw prediction, micro-batch number) -> (loss, what to report)."""
+TapFn = Callable[[int], BlockTap]
+"""Micro-batch number -> what sees its blocks' outputs."""
 
 
 def padded_tokens(num_tokens: int, mesh: Mesh) -> int:
@@ -74,7 +77,12 @@ class Pipeline:
         """Whether this rank holds the last chunk."""
         return self.mesh.is_last_stage
 
-    def forward(self, requests: Sequence[Request], report: Callable[[Tensor, int], Any]) -> list:
+    def forward(
+        self,
+        requests: Sequence[Request],
+        report: Callable[[Tensor, int], Any],
+        tap: TapFn | None = None,
+    ) -> list:
         """Forward only: ``report`` of each prediction, on the last stage; [] elsewhere."""
         padded = self.padded(requests)
 
@@ -83,10 +91,12 @@ class Pipeline:
             return lambda output, non_loss_data=True: report(output, number)
 
         with torch.no_grad():
-            found = self._run(padded, on_output, forward_only=True, collect_non_loss_data=True)
+            found = self._run(padded, on_output, tap, forward_only=True, collect_non_loss_data=True)
         return found[: len(requests)]
 
-    def forward_backward(self, requests: Sequence[Request], on_output: OnOutput) -> list:
+    def forward_backward(
+        self, requests: Sequence[Request], on_output: OnOutput, tap: TapFn | None = None
+    ) -> list:
         """Forward and backward of each micro-batch; the reports, on the last stage; [] elsewhere.
 
         The gradient is that of the mean loss over ``requests``.
@@ -95,7 +105,17 @@ class Pipeline:
         def loss_function(index: int) -> Callable[[Tensor], tuple[Tensor, Any]]:
             return lambda output: on_output(output, index)
 
-        return self._run(requests, loss_function, forward_only=False)
+        return self._run(requests, loss_function, tap, forward_only=False)
+
+    def from_stage(self, tensors: list[Tensor], stage: int) -> None:
+        """Replace ``tensors`` by those of a pipeline stage, in one message."""
+        group = self.mesh.pg.pp
+        if group.size() == 1:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.broadcast(flat, src=dist.get_global_rank(group, stage), group=group)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        tensors[:] = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
     def padded(self, requests: Sequence[Request]) -> list[Request]:
         """The last request repeated until the interleaved schedule can take the list."""
@@ -112,10 +132,25 @@ class Pipeline:
                 where="training.data.global_batch_size",
             )
 
+    def whole_gradient(self, leaf: Tensor) -> Tensor:
+        """Of an input of all tokens; each rank has the gradient through its own: their sum.
+
+        On stages that do not see the input it is zero.
+        """
+        gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+        for group, is_shared in (
+            (self.mesh.pg.cp, self.mesh.dims.cp_size > 1),
+            (self.mesh.pg.tp, self.mesh.dims.sequence_parallel and self.mesh.dims.tp_size > 1),
+        ):
+            if is_shared:
+                dist.all_reduce(gradient, group=group)
+        return gradient
+
     def _run(
         self,
         requests: Sequence[Request],
         loss_function: Callable[[int], Callable[..., Any]],
+        tap: TapFn | None,
         **options: Any,
     ) -> list:
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -127,7 +162,8 @@ class Pipeline:
 
         def step(numbered: Iterator[tuple[int, Request]], chunk: nn.Module) -> Any:
             index, request = next(numbered)
-            return chunk(request), loss_function(index)
+            output = chunk(request) if tap is None else chunk(request, tap=tap(index))
+            return output, loss_function(index)
 
         shapes = [self._shape(request) for request in requests]
         iterators = [enumerate(requests) for _ in self.chunks]

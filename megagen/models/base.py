@@ -9,6 +9,7 @@ input channels, normalisation of latents) is undone in its plugin and nowhere el
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,16 @@ class Request:
         return replace(self, **changes)
 
 
+class BlockTap(Protocol):
+    """Sees the outputs of a network's blocks during one pass."""
+
+    def __call__(self, block: int, hidden_SBD: Tensor) -> None:
+        """Called behind each block (counted from 0 over all stages) with this rank's tokens."""
+
+    def is_over(self, block: int) -> bool:
+        """Whether ``block`` and all behind it need not run; the head counts as a block."""
+
+
 class Network(Protocol):
     """One pipeline chunk of a network: a ``MegatronModule`` with these members beside."""
 
@@ -59,8 +70,11 @@ class Network(Protocol):
     def set_input_tensor(self, tensor: Any) -> None:
         """Megatron's schedule hands over the hidden states of the stage before."""
 
-    def __call__(self, request: Request) -> Tensor:
+    def __call__(self, request: Request, tap: BlockTap | None = None) -> Tensor:
         """Hidden states ``[S_local, B, D]``, or on the last chunk the raw ``[B, C, T, H, W]``.
+
+        Where ``tap`` says that the pass is over, the hidden states so far; never the very tensor
+        that came from the stage before.
 
         The last chunk's prediction is whole: gathered over CP (and SP), differentiably, so that a
         loss sees the same tensor on every CP rank. Its backward gives each CP rank the gradient of
@@ -137,8 +151,12 @@ class ModelPlugin(ABC):
         """One pipeline chunk of ``layers`` (global, 0-based), uninitialised (see ``weights``)."""
 
     @abstractmethod
+    def token_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
+        """Tokens along (frame, row, column) of latents ``[..., T, H, W]``."""
+
     def num_tokens(self, latent_shape: Sequence[int]) -> int:
         """Tokens S of latents ``[..., T, H, W]`` before any padding."""
+        return math.prod(self.token_grid(latent_shape))
 
     # -- weights ---------------------------------------------------------------------------------
     @abstractmethod

@@ -116,9 +116,9 @@ class WanModel(ModelPlugin):
             attention_backend=attention_backend,
         )
 
-    def num_tokens(self, latent_shape: Sequence[int]) -> int:
-        """Tokens S of latents ``[..., T, H, W]``."""
-        return math.prod(token_grid(latent_shape, self.arch.patch_size))
+    def token_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
+        """Patches along (frame, row, column) of latents ``[..., T, H, W]``."""
+        return token_grid(latent_shape, self.arch.patch_size)
 
     # -- weights -------------------------------------------------------------------------------
     @cached_property

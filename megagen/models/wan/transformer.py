@@ -35,7 +35,7 @@ from megagen.layers.norm import LayerNorm
 from megagen.layers.patch import patchify, token_grid, unpatchify
 from megagen.layers.rope import RotaryTables
 from megagen.layers.tokens import TokenShard
-from megagen.models.base import Request
+from megagen.models.base import BlockTap, Request
 from megagen.models.wan.architecture import WanArchitecture
 from megagen.parallel.comm import copy_to_tp, gather_tokens, scatter_tokens
 
@@ -182,8 +182,12 @@ class WanTransformer(MegatronModule):
         """Hidden states of the stage before (Megatron wraps them in a list)."""
         self.input_tensor = tensor[0] if isinstance(tensor, (list, tuple)) else tensor
 
-    def forward(self, request: Request) -> Tensor:
+    def forward(self, request: Request, tap: BlockTap | None = None) -> Tensor:
         """Hidden states ``[S_local, B, D]``, or on the last chunk ``[B, C, T, H, W]``."""
+        wanted = [n for n in self.blocks if tap is None or not tap.is_over(int(n))]
+        if not wanted:
+            assert self.input_tensor is not None, "a first stage without a wanted block"
+            return self.input_tensor.clone()
         latents = request.latents_BCTHW
         grid = token_grid(latents.shape, self.arch.patch_size)
         shard = self.request_shard(request, grid)
@@ -197,10 +201,12 @@ class WanTransformer(MegatronModule):
         else:
             assert self.input_tensor is not None, "the schedule gave this stage no input"
             hidden = self.input_tensor
-        for block in self.blocks.values():
-            run = partial(block, shard=shard, rows_S=rows_S)
+        for number in wanted:
+            run = partial(self.blocks[number], shard=shard, rows_S=rows_S)
             hidden = self._run(run, hidden, modulation, text, image, cos, sin)
-        if not self.post_process:
+            if tap is not None:
+                tap(int(number), hidden)
+        if not self.post_process or (tap is not None and tap.is_over(self.arch.num_layers)):
             return hidden
         shift, scale = self.scale_shift_table(embedding[:, :, None])
         hidden = kernels.layernorm_modulate(hidden, scale, shift, rows_S, eps=self.arch.eps)
