@@ -102,7 +102,7 @@ class CheckpointStore:
 
 def _source(plugin: ModelPlugin, name: str, size: torch.Size) -> WeightSource:
     if is_adapter(name):
-        return adapter_source(plugin, name, rank=size[0] if ".lora.A." in name else size[1])
+        return adapter_source(plugin, name, rank=size[0] if ".lora.A" in name else size[1])
     return plugin.weight_source(name)
 
 

@@ -64,20 +64,23 @@ class LowRankAdapter(nn.Module):
         # a weight that another network will lend has no memory of its own yet
         self.dtype = weight.dtype
         self.device = process.device() if weight.is_meta else weight.device
-        self.A = nn.ParameterDict({str(i): self._empty(rank, weight.size(1)) for i in wanted})
-        self.B = nn.ParameterDict({str(i): self._empty(out_features[i], rank) for i in wanted})
-        for number in map(str, wanted):
-            if cut != "none":
-                cut_one, dim = (self.B[number], 0) if cut == "outputs" else (self.A[number], 1)
-                mark_tensor_parallel(cut_one, dim)
-        whole = {"outputs": [self.A], "inputs": [self.B], "none": [self.A, self.B]}[cut]
-        for part in whole:
-            mark_sequence_parallel(part.parameters(), sequence_parallel)
-        for parameter in self.parameters():
-            _copy_marks(weight, parameter, ("pipeline_parallel", "shared"))
+        for i in wanted:
+            # in this module itself: under overlap_param_gather its forward waits for its parameters
+            self.register_parameter(f"A{i}", self._empty(rank, weight.size(1)))
+            self.register_parameter(f"B{i}", self._empty(out_features[i], rank))
+        for dim, parameters in ((1, self._all("A")), (0, self._all("B"))):
+            for parameter in parameters:
+                _copy_marks(weight, parameter, ("pipeline_parallel", "shared"))
+                if cut == ("inputs" if dim == 1 else "outputs"):
+                    mark_tensor_parallel(parameter, dim)
+                else:
+                    mark_sequence_parallel([parameter], sequence_parallel)
 
     def _empty(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
+
+    def _all(self, letter: str) -> list[nn.Parameter]:
+        return [self.get_parameter(f"{letter}{i}") for i in self.wanted]
 
     def forward(self, x: Tensor) -> Tensor:
         """What is added to the linear's output: ``[S, B, in]`` to ``[S', B, out]``."""
@@ -90,13 +93,13 @@ class LowRankAdapter(nn.Module):
 
     def _down(self) -> Tensor:
         """All A ``[n R, in]``."""
-        matrices = list(self.A.values())
-        return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+        matrices = self._all("A")
+        return matrices[0] if len(matrices) == 1 else torch.cat([*matrices])
 
     def _up(self) -> Tensor:
         """All B in the linear's order of outputs ``[out, n R]``, zero where they do not meet."""
         if len(self.out_features) == 1:
-            return self.B["0"]
+            return self.get_parameter("B0")
         total = len(self.wanted) * self.rank
         blocks = []
         for number, size in enumerate(self.out_features):
@@ -104,7 +107,7 @@ class LowRankAdapter(nn.Module):
                 blocks.append(torch.zeros(size, total, dtype=self.dtype, device=self.device))
                 continue
             before = self.wanted.index(number) * self.rank
-            b = self.B[str(number)]
+            b = self.get_parameter(f"B{number}")
             blocks.append(F.pad(b, (before, total - before - self.rank)))
         return self._assemble(blocks)
 

@@ -2,7 +2,7 @@
 
 A module ``m`` with weight ``W`` becomes ``W x + (alpha / rank) B A x`` with ``m.lora_A.weight``
 ``[rank, in]`` and ``m.lora_B.weight`` ``[out, rank]``. In a chunk these are parameters
-``<linear>.lora.A.<i>`` and ``.B.<i>`` beside the linear's weight, ``i`` counting the diffusers
+``<linear>.lora.A<i>`` and ``.B<i>`` beside the linear's weight, ``i`` counting the diffusers
 modules that the linear is made of (``to_q``, ``to_k``, ``to_v`` make ``linear_qkv``).
 """
 
@@ -20,7 +20,7 @@ PEER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "to_q", "to_k", "to_v", 
 DEFAULT_TARGETS = (*PEER_TARGETS, "to_qkv", "to_gate_compress")
 """FastVideo's list: each names what it finds in a network, if anything."""
 DEFAULT_EXCLUDED = ("embedder",)
-_PARAMETER = re.compile(r"(.+)\.lora\.([AB])\.(\d+)")
+_PARAMETER = re.compile(r"(.+)\.lora\.([AB])(\d+)")
 
 
 @dataclass(frozen=True)
