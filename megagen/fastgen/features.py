@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from megagen.fastgen.network import first_tensor
 
-__all__ = ["Taken", "attach", "captured", "detach", "drain"]
+__all__ = ["Taken", "attach", "captured", "detach", "drain", "pop_captured_features"]
 
 _BUFFER = "_fastgen_captured"
 _HANDLES = "_fastgen_capture_handles"
@@ -92,7 +93,7 @@ def attach(
     blocks_attr: str,
     indices: Iterable[int],
     extract: Callable[[Any], Tensor] = first_tensor,
-) -> None:
+) -> list[RemovableHandle]:
     """Capture the outputs of some of a module's blocks at every forward from now on.
 
     Hooks that were attached before are removed first.
@@ -103,6 +104,9 @@ def attach(
         indices: of blocks, each in [0, number of blocks); order and repetition do not count.
         extract: makes the feature of what a block returned. It may view, permute or copy, but not
             compute: under activation checkpointing it is not repeated in backward.
+
+    Returns:
+        The hooks' handles, which ``detach`` removes; it removes what is added to the list as well.
 
     Raises:
         AttributeError: the module has no ``blocks_attr``.
@@ -130,6 +134,7 @@ def attach(
     setattr(module, _BUFFER, state.buffer)
     setattr(module, _STATE, state)
     setattr(module, _HANDLES, handles)
+    return handles
 
 
 def detach(module: nn.Module) -> None:
@@ -149,6 +154,20 @@ def drain(module: nn.Module) -> list[Tensor] | None:
     taken = list(buffer)
     buffer.clear()
     return taken
+
+
+def pop_captured_features(module: nn.Module) -> list[Tensor]:
+    """As ``drain``, for a module that must have hooks.
+
+    Raises:
+        RuntimeError: nothing was ever attached.
+    """
+    features = drain(module)
+    if features is None:
+        raise RuntimeError(
+            f"{type(module).__name__} captures no features: call attach_feature_capture first"
+        )
+    return features
 
 
 @contextmanager
