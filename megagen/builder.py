@@ -203,7 +203,7 @@ def sample_shape(
     """
     data = config.training.data
     if not required and not all(Path(source).is_dir() for source in data.sources()):
-        return None, data.text_len or 0
+        return data.latent_shape, data.text_len or 0
     dataset = open_dataset(data, "training.data")
     shape = max((b.latent_shape for b in dataset.buckets), key=lambda s: s[1] * s[2] * s[3])
     if shape[0] != plugin.in_channels:

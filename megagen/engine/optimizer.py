@@ -154,6 +154,10 @@ class Optimizer:
     ) -> dict[str, Any]:
         """Moments and masters as megatron-core's sharded tensors, keyed by the model's."""
         with torch.no_grad():
+            if self.num_updates == 0 and not is_loading:
+                # Adam makes its moments in the first update; a role may be saved before that
+                for part in self._parts():
+                    part.init_state_fn(part.optimizer, part.config)
             return self.megatron.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
 
     def load_state(self, state: dict[str, Any]) -> None:
