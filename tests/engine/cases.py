@@ -108,10 +108,10 @@ class DictStore:
         return tensor if dim is None else tensor.chunk(num_parts, dim)[part]
 
 
-def make_plugin() -> WanModel:
+def make_plugin(**options: Any) -> WanModel:
     """The tiny Wan, latents unscaled."""
     architecture = {**ARCH, "latents_mean": None, "latents_std": None}
-    return WanModel(WanModel.Options(architecture=architecture))
+    return WanModel(WanModel.Options(architecture=architecture, **options))
 
 
 def make_role(

@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from scipy import stats
 from torch import Tensor
 
 from megagen.core.errors import ConfigError
 from megagen.core.options import parse_options
+from megagen.core.streams import Streams
+from megagen.methods import scores
 from megagen.methods.dmd2 import DMD2Method
+from megagen.methods.scores import score_range
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
 from megagen.parallel.mesh import Mesh
@@ -158,6 +162,53 @@ def test_five_steps_under_every_layout(layout: str, schedule: str) -> None:
         num_ranks, run, weights(), data, layouts, VARIANTS[variant], schedule, NUM_STEPS
     )
     check(found, expected(variant, NUM_STEPS))
+
+
+@pytest.mark.parametrize(("expert", "low", "high"), [("high", 875, 1000), ("low", 0, 875)])
+def test_experts_keep_to_their_side_of_the_boundary(expert: str, low: int, high: int) -> None:
+    plugins = {name: cases.make_plugin(expert=expert, boundary_ratio=0.875) for name in dmd2.ROLES}
+    steps = [1000, 950, 900] if expert == "high" else [800, 400]
+    options = parse_options(DMD2Method.Options, {**DATA, "dmd_denoising_steps": steps}, "")
+    options = options.model_copy(update={"warp_denoising_step": False})
+    DMD2Method.check(options, plugins)
+    drawn = scores.score_timestep(
+        Streams(1), "t", 0, range(3000), options, shift=1.0, served=score_range(options, plugins)
+    )
+    assert low < drawn.min() < low + 2 and high - 2 < drawn.max() <= high
+    uniform = stats.uniform(low, high - low).cdf
+    assert stats.kstest(drawn.numpy(), uniform).pvalue > 1e-3  # nothing piles up at the boundary
+    with pytest.raises(ConfigError, match="outside"):
+        DMD2Method.check(options.model_copy(update={"dmd_denoising_steps": [900, 800]}), plugins)
+    plugins["teacher"] = cases.make_plugin(
+        expert="low" if expert == "high" else "high", boundary_ratio=0.875
+    )
+    with pytest.raises(ConfigError, match="served by every network"):
+        DMD2Method.check(options, plugins)
+
+
+def test_the_low_noise_expert_cannot_start_from_noise() -> None:
+    plugins = {name: cases.make_plugin(expert="low", boundary_ratio=0.875) for name in dmd2.ROLES}
+    options = {**SIMULATE, "dmd_denoising_steps": [800, 400]}
+    with pytest.raises(ConfigError, match="data_latent"):
+        DMD2Method.check(parse_options(DMD2Method.Options, options, ""), plugins)
+
+
+def test_bounds_of_the_score_timesteps() -> None:
+    def drawn(**changes: Any) -> Tensor:
+        given = {**DATA, "min_timestep_ratio": 0.02, "max_timestep_ratio": 0.9, **changes}
+        options = parse_options(DMD2Method.Options, given, "")
+        return scores.score_timestep(
+            Streams(3), "t", 4, range(4000), options, shift=5.0, served=(0.0, 1000.0)
+        )
+
+    clamped, rescaled = drawn(), drawn(timestep_bounds="rescale")
+    beyond = 1 - 0.9 / (5 - 4 * 0.9)  # share of u whose shifted time is above the bound
+    assert float((clamped == 900).double().mean()) == pytest.approx(beyond, abs=0.03)
+    assert rescaled.min() >= 20 and rescaled.max() < 900
+    unshifted = drawn(timestep_bounds="rescale", score_flow_shift=1.0)
+    assert stats.kstest(unshifted.numpy(), stats.uniform(20, 880).cdf).pvalue > 1e-3
+    whole_step = drawn(score_timestep_per="step")
+    assert (whole_step == whole_step[0]).all()
 
 
 def test_options_are_checked() -> None:
