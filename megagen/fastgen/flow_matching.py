@@ -117,8 +117,8 @@ def pred_x0_from_flow(pred_flow: Tensor, noisy_latents: Tensor, t: Tensor) -> Te
     """
     t = _wide_time(t, noisy_latents)
     shape = _common_shape(noisy_latents, pred_flow, t)
-    travelled = _fresh(pred_flow, shape).mul_(rf_sigma(t))
-    return _fresh(noisy_latents, shape).sub_(travelled).to(noisy_latents.dtype)
+    x0 = _fresh(noisy_latents, shape).sub_(_fresh(pred_flow, shape).mul_(rf_sigma(t)))
+    return x0.to(noisy_latents.dtype)
 
 
 def x0_to_flow(x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
