@@ -24,6 +24,7 @@ from megagen.data.text import build_text_encoder
 from megagen.data.video import contact_sheet, write_video
 from megagen.sampling.flow import SamplerName
 from megagen.sampling.pipeline import SamplingOptions, VideoPipeline
+from megagen.sampling.streaming import StreamOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +51,7 @@ class ValidationOptions(StrictOptions):
         seed: of the noise.
         batch_size: prompts sampled together by one data rank.
         fps: of the files; None: the dataset's.
+        stream: block by block with a causal student; None: all frames at once.
     """
 
     prompts: list[str] = Field(default_factory=list)
@@ -67,6 +69,7 @@ class ValidationOptions(StrictOptions):
     seed: int = 0
     batch_size: int = Field(4, ge=1)
     fps: float | None = Field(None, gt=0)
+    stream: StreamOptions | None = None
 
     @model_validator(mode="after")
     def _has_prompts(self) -> ValidationOptions:
@@ -146,6 +149,7 @@ class ValidationCallback(Callback):
             "sampler": s.sampler,
             "seed": s.seed,
             "batch_size": s.batch_size,
+            "stream": s.stream,
         }
         return parse_options(SamplingOptions, given, "callbacks.validation")
 

@@ -13,7 +13,7 @@ from megagen.core.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megagen.sampling.pipeline import SamplingOptions
+    from megagen.sampling.pipeline import SamplingOptions, VideoPipeline
     from megagen.sampling.source import SamplingSpec, Source
 
 
@@ -43,6 +43,21 @@ def sample(
     sampler: Annotated[str, typer.Option(help="unipc or euler.")] = "unipc",
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts sampled together.")] = 1,
+    stream: Annotated[
+        bool, typer.Option(help="Block by block, the file growing (causal networks).")
+    ] = False,
+    t_list: Annotated[
+        str | None, typer.Option(help="With --stream: a block's timesteps, as 1000,750,500,250.")
+    ] = None,
+    sample_type: Annotated[
+        str, typer.Option(help="With --stream: noise of a step down, sde or ode.")
+    ] = "sde",
+    context_noise: Annotated[
+        float, typer.Option(help="With --stream: timestep of finished blocks in the cache.")
+    ] = 0.0,
+    family: Annotated[
+        str | None, typer.Option(help="Of --model; default as it says, else wan.")
+    ] = None,
     fps: Annotated[float | None, typer.Option(help="Of the files; default the model's.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the mp4 files.")] = Path("samples"),
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
@@ -54,10 +69,16 @@ def sample(
     """Generate videos from trained weights.
 
     Examples: megagen sample --model runs/demo/teacher --prompt "a three moving left";
-    megagen sample --run runs/wan --prompts-file prompts.txt --nproc 4 --tp-size 2
+    megagen sample --run runs/wan --prompts-file prompts.txt --nproc 4 --tp-size 2;
+    megagen sample --run runs/causal --prompt "rain" --stream --t-list 1000,750,500,250
+    --guidance-scale 1
     """
     if (model is None) == (run is None):
         raise ConfigError("give either --model or --run.", where="megagen sample")
+    if t_list is not None and not stream:
+        raise ConfigError(
+            "is for block-by-block sampling.", remedy="Add --stream.", where="--t-list"
+        )
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"found {precision!r}; it is fp32 or bf16.", where="--precision")
     prompts = read_prompts(prompt or [], prompts_file)
@@ -68,7 +89,7 @@ def sample(
     if run is not None:
         origin = sources.from_run(run, step, data)
     else:
-        origin = sources.from_directory(str(model), data)
+        origin = sources.from_directory(str(model), data, family)
     dims = ParallelDims(tp_size=tp_size, cp_size=cp_size, pp_size=pp_size)
     for plugin in origin.plugins:
         plugin.check(dims, "megagen sample")
@@ -85,6 +106,7 @@ def sample(
         negative_prompt=negative_prompt,
         seed=seed,
         batch_size=batch_size,
+        stream=_stream_options(t_list, sample_type, context_noise) if stream else None,
     )
     images = read_images(image or [], len(prompts), options)
     rate = fps or origin.spec.fps or 16
@@ -189,10 +211,61 @@ def _sample_here(
     from megagen.sampling.source import build_pipeline
 
     pipeline = build_pipeline(origin, dims, precision)
+    if options.stream is not None:
+        _stream_here(pipeline, prompts, options, images, out, fps)
+        return 0
     for position, frames_THWC in pipeline.generate(prompts, options, images):
         path = write_video(out / file_name(position, prompts[position]), frames_THWC, fps)
         print(f"{path}  {prompts[position]}", flush=True)
     return 0
+
+
+def _stream_here(
+    pipeline: VideoPipeline,
+    prompts: list[str],
+    options: SamplingOptions,
+    images: list[Tensor] | None,
+    out: Path,
+    fps: float,
+) -> None:
+    """Files grow with every block; how fast is said once one is whole."""
+    from megagen.data.video_stream import VideoStream
+
+    files: dict[int, VideoStream] = {}
+    begun: dict[int, float] = {}
+    try:
+        for piece in pipeline.stream(prompts, options, images):
+            number = piece.position
+            if number not in files:
+                files[number] = VideoStream(out / file_name(number, prompts[number]), fps)
+                begun[number] = piece.seconds
+            file = files[number]
+            file.write(piece.frames_THWC)
+            if piece.is_last:
+                file.close()
+                print(
+                    f"{file.path}  {prompts[number]}  {file.num_frames} frames, "
+                    f"{file.num_frames / piece.seconds:.2f} frames/s, "
+                    f"first after {begun[number]:.2f} s",
+                    flush=True,
+                )
+    finally:
+        for file in files.values():
+            file.close()
+
+
+def _stream_options(t_list: str | None, sample_type: str, context_noise: float) -> dict[str, Any]:
+    """Of ``SamplingOptions.stream``."""
+    options: dict[str, Any] = {"sample_type": sample_type, "context_noise": context_noise}
+    if t_list is not None:
+        try:
+            steps = [float(part) for part in t_list.split(",")]
+        except ValueError:
+            raise ConfigError(
+                f"found {t_list!r}.", remedy="Give numbers, as 1000,750,500,250.", where="--t-list"
+            ) from None
+        options["t_list"] = steps if steps[-1] == 0 else [*steps, 0.0]
+    return options
 
 
 def file_name(position: int, prompt: str) -> str:

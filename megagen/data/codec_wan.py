@@ -5,13 +5,16 @@ Legend: B batch, C channels, T frames, H W height and width (of pixels or of lat
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 
 from megagen.core import process
+from megagen.core.errors import ConfigError
 from megagen.core.options import StrictOptions
 from megagen.data.codecs import Codec
 from megagen.data.pretrained import load_pretrained
@@ -86,9 +89,45 @@ class WanVae(Codec):
         latents = latents_BCTHW.to(process.device(), self._dtype)
         return self.vae.decode(latents, return_dict=False)[0].float().cpu()
 
+    def block_decoder(self) -> Callable[[Tensor], Tensor]:
+        """Keeps the causal convolutions' last frames from call to call."""
+        if self.vae.use_tiling:
+            raise ConfigError(
+                "is on: tiles are decoded one after the other, each over the whole clip.",
+                remedy="Set it to false to decode block by block.",
+                where="codec.tiling",
+            )
+        return _BlockDecoder(self.vae, self._dtype)
+
     def normalize(self, latents_BCTHW: Tensor) -> Tensor:
         """``(x - latents_mean) / latents_std`` per channel, from the VAE's config."""
         shape = (1, -1, 1, 1, 1)
         mean = torch.tensor(self.vae.config.latents_mean).view(shape)
         std = torch.tensor(self.vae.config.latents_std).view(shape)
         return (latents_BCTHW - mean) / std
+
+
+class _BlockDecoder:
+    """The VAE's decoder with its features of the last frames, apart from those of other clips."""
+
+    def __init__(self, vae: AutoencoderKLWan, dtype: torch.dtype) -> None:
+        self._vae, self._dtype = vae, dtype
+        vae.clear_cache()
+        self._features: list[Any] = list(vae._feat_map)
+        self._is_first = True
+
+    @torch.no_grad()
+    def __call__(self, latents_BCTHW: Tensor) -> Tensor:
+        latents = self._vae.post_quant_conv(latents_BCTHW.to(process.device(), self._dtype))
+        frames = []
+        for latent in latents.split(1, dim=2):
+            is_first, self._is_first = self._is_first, False
+            frames.append(
+                self._vae.decoder(
+                    latent, feat_cache=self._features, feat_idx=[0], first_chunk=is_first
+                )
+            )
+        video = torch.cat(frames, dim=2)
+        if self._vae.config.patch_size is not None:
+            video = unpatchify(video, patch_size=self._vae.config.patch_size)
+        return video.clamp(-1.0, 1.0).float().cpu()

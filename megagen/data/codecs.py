@@ -10,7 +10,7 @@ that sampling can rebuild the codec the dataset was made with.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -68,6 +68,21 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, latents_BCTHW: Tensor) -> Tensor:
         """Raw latents to RGB fp32 in [-1, 1] on the CPU."""
+
+    def block_decoder(self) -> Callable[[Tensor], Tensor]:
+        """A function that decodes one clip's latents block by block, in order.
+
+        Called on consecutive latent frames ``[B, C, T, H, W]`` it gives their pixels as ``decode``
+        of the whole clip would.
+
+        Raises:
+            ConfigError: the codec needs later frames to decode a frame.
+        """
+        raise ConfigError(
+            f"the codec {self.name!r} does not decode block by block.",
+            remedy="Sample whole videos (without --stream).",
+            where="codec",
+        )
 
     def normalize(self, latents_BCTHW: Tensor) -> Tensor:
         """The latents as the codec's own models are trained on them. Default: raw."""
@@ -207,6 +222,10 @@ class SpaceToDepth(Codec):
         blocks = latents_BCTHW.reshape(B, -1, q, p, p, T, H, W).permute(0, 1, 5, 2, 6, 3, 7, 4)
         video_BCTHW = blocks.reshape(B, -1, T * q, H * p, W * p)
         return video_BCTHW.expand(-1, 3, -1, -1, -1).float().clamp(-1, 1).cpu()
+
+    def block_decoder(self) -> Callable[[Tensor], Tensor]:
+        """``decode``: no latent frame depends on another."""
+        return self.decode
 
 
 def to_unit(frames_THWC: Tensor) -> Tensor:

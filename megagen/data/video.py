@@ -121,7 +121,7 @@ def write_video(
     Raises:
         DataError: the folder cannot be written or the disk is full.
     """
-    frames = _checked(frames_THWC)
+    frames = to_frames(frames_THWC)
     if fps <= 0:
         raise ValueError(f"fps must be > 0, found {fps}")
     target = Path(path)
@@ -264,7 +264,8 @@ def _pixels(frame: av.VideoFrame) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
 
 
-def _checked(frames_THWC: Tensor | np.ndarray) -> np.ndarray:
+def to_frames(frames_THWC: Tensor | np.ndarray) -> np.ndarray:
+    """Checked uint8 frames ``[T, H, W, 3]`` of even height and width."""
     frames = frames_THWC.cpu().numpy() if isinstance(frames_THWC, Tensor) else frames_THWC
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.shape[0]:
         raise ValueError(f"frames must be uint8 [T, H, W, 3], found {frames.dtype} {frames.shape}")

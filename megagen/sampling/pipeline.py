@@ -9,6 +9,7 @@ Legend: B batch, C channels, T frames, H W height and width, L tokens, D feature
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ from megagen.engine.role import Role
 from megagen.parallel.mesh import Mesh
 from megagen.sampling.flow import SamplerName
 from megagen.sampling.latents import Condition, sample_latents
+from megagen.sampling.streaming import StreamOptions, check_causal, stream_latents
 
 
 class SamplingOptions(StrictOptions):
@@ -42,6 +44,7 @@ class SamplingOptions(StrictOptions):
         negative_prompt: text of the unconditional branch; None: the source's own.
         seed: of the noise.
         batch_size: prompts sampled together by one data rank.
+        stream: block by block with a causal network; None: all frames at once.
     """
 
     num_frames: int = Field(ge=1)
@@ -55,6 +58,24 @@ class SamplingOptions(StrictOptions):
     negative_prompt: str | None = None
     seed: int = 0
     batch_size: int = Field(default=1, ge=1)
+    stream: StreamOptions | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Frames of a video that is being made.
+
+    Args:
+        position: number of the prompt.
+        frames_THWC: uint8, those that follow the frames of the piece before.
+        seconds: since work on the prompt began.
+        is_last: the video is whole.
+    """
+
+    position: int
+    frames_THWC: Tensor
+    seconds: float
+    is_last: bool
 
 
 @dataclass(frozen=True)
@@ -112,6 +133,94 @@ class VideoPipeline:
                         seen.add(position)
                         yield position, to_pixels(video_CTHW)
 
+    def stream(
+        self,
+        prompts: Sequence[str],
+        options: SamplingOptions,
+        images_THWC: Sequence[Tensor] | None = None,
+    ) -> Iterator[Piece]:
+        """Sample all prompts and hand out their frames as they are made. Collective.
+
+        Args:
+            prompts: one video each.
+            options: as for ``generate``; ``stream`` says how.
+            images_THWC: as for ``generate``; a text-to-video network continues them.
+
+        Yields:
+            What ``generate`` yields, in pieces.
+
+        Raises:
+            ConfigError: as ``generate``; the network or the codec works on whole videos only.
+        """
+        self._check(options, images_THWC)
+        layout = self.data_layout
+        is_writer = layout.tp_rank == layout.cp_rank == layout.pp_rank == 0
+        seen: set[int] = set()
+        for positions in batches(len(prompts), layout.dp_rank, layout.dp_size, options.batch_size):
+            begun = time.perf_counter()
+            decode = self.codec.block_decoder()
+            images = None if images_THWC is None else [images_THWC[p] for p in positions]
+            chosen = [prompts[p] for p in positions]
+            for block, latents_BCTHW in self.blocks(chosen, positions, options, images):
+                if not is_writer:
+                    continue
+                is_last = block.stop == self.codec.latent_frames(options.num_frames)
+                videos = zip(positions, decode(latents_BCTHW), strict=True)
+                new = {p: v for p, v in videos if p not in seen}
+                for position, video_CTHW in new.items():
+                    if position % layout.dp_size == layout.dp_rank:
+                        seconds = time.perf_counter() - begun
+                        yield Piece(position, to_pixels(video_CTHW), seconds, is_last)
+            seen.update(positions)
+
+    def blocks(
+        self,
+        prompts: Sequence[str],
+        positions: Sequence[int],
+        options: SamplingOptions,
+        images_THWC: Sequence[Tensor] | None = None,
+    ) -> Iterator[tuple[range, Tensor]]:
+        """(latent frames, raw latents ``[B, C, T, H, W]``) of some prompts, block by block."""
+        role, device = self._streaming_role(options), process.device()
+        assert options.stream is not None
+        shape = self.codec.latent_shape(options.num_frames, options.height, options.width)
+        streams = Streams(options.seed)
+
+        def fresh_noise(purpose: str, frames: range) -> Tensor:
+            part = (shape[0], len(frames), *shape[2:])
+            return streams.normal(f"sample/{purpose}", frames.start, positions, part).to(device)
+
+        known = self._image_condition(images_THWC, options) if images_THWC else {}
+        first = known.get("first_frame_latents_BCTHW")
+        given = None if first is None or _expands(role) else known.pop("first_frame_latents_BCTHW")
+        if given is not None:
+            yield range(given.size(2)), role.plugin.denormalize(given).cpu()
+        shift = role.plugin.flow_shift if options.shift is None else options.shift
+        for block, x0_BCTHW in stream_latents(
+            role,
+            options.stream,
+            noise_BCTHW=streams.normal("sample", 0, positions, shape).to(device),
+            fresh_noise=fresh_noise,
+            sigmas=options.stream.sigmas(options.num_steps, shift),
+            condition=_to(device, {**self._text_condition(prompts), **known}),
+            uncondition=_to(device, {**self._negative(options, len(prompts)), **known}),
+            guidance_scale=options.guidance_scale,
+            given_BCTHW=None if given is None else given.to(device),
+        ):
+            if first is not None and given is None and block.start == 0:
+                x0_BCTHW = torch.cat([first.to(device), x0_BCTHW[:, :, first.shape[2] :]], dim=2)
+            yield block, role.plugin.denormalize(x0_BCTHW).cpu()
+
+    def _streaming_role(self, options: SamplingOptions) -> Role:
+        if len(self.roles) > 1:
+            raise ConfigError(
+                "there are two experts, each of which would need a cache of its own.",
+                remedy="Sample whole videos (without --stream).",
+                where="stream",
+            )
+        check_causal(self.roles[0])
+        return self.roles[0]
+
     def latents(
         self,
         prompts: Sequence[str],
@@ -120,6 +229,9 @@ class VideoPipeline:
         images_THWC: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Raw latents ``[B, C, T, H, W]`` of some prompts, on every rank of the data rank."""
+        if options.stream is not None:
+            made = self.blocks(prompts, positions, options, images_THWC)
+            return torch.cat([latents for _, latents in made], dim=2)
         shape = self.codec.latent_shape(options.num_frames, options.height, options.width)
         noise = Streams(options.seed).normal("sample", 0, positions, shape)
         given = self._image_condition(images_THWC, options) if images_THWC else {}
@@ -156,7 +268,7 @@ class VideoPipeline:
         """What an image-to-video network is told of the first frame, as its data was made."""
         plugin = self.roles[0].plugin
         first_BCTHW = torch.stack([to_unit(image) for image in images_THWC])
-        if getattr(plugin, "expand_timesteps", False):
+        if takes_first_frame(self.roles[0], options) is None:
             latents = plugin.normalize(self.codec.encode(first_BCTHW))
             return {"first_frame_latents_BCTHW": latents}
         still = first_BCTHW.new_zeros(
@@ -170,7 +282,7 @@ class VideoPipeline:
 
     def _check(self, options: SamplingOptions, images_THWC: Sequence[Tensor] | None) -> None:
         self.codec.check_size(options.num_frames, options.height, options.width, "sample")
-        takes_image = takes_first_frame(self.roles[0])
+        takes_image = takes_first_frame(self.roles[0], options)
         if takes_image is True and images_THWC is None:
             raise ConfigError(
                 "the network is image-to-video and no image is given.",
@@ -185,13 +297,22 @@ class VideoPipeline:
             )
 
 
-def takes_first_frame(role: Role) -> bool | None:
-    """Whether the network needs a first frame (True), cannot take one (False), or may (None)."""
-    plugin = role.plugin
-    if getattr(plugin, "expand_timesteps", False):
+def takes_first_frame(role: Role, options: SamplingOptions) -> bool | None:
+    """Whether the network needs a first frame (True), cannot take one (False), or may (None).
+
+    In a stream a text-to-video network may: it continues the frame.
+    """
+    config = role.plugin.diffusers_config()
+    if _expands(role):
         return None
-    config = plugin.diffusers_config()
-    return bool(config["in_channels"] > config["out_channels"])
+    if config["in_channels"] > config["out_channels"]:
+        return True
+    return None if options.stream is not None else False
+
+
+def _expands(role: Role) -> bool:
+    """Whether a given first frame enters as tokens at timestep 0."""
+    return bool(getattr(role.plugin, "expand_timesteps", False))
 
 
 def batches(count: int, data_rank: int, data_size: int, batch_size: int) -> list[list[int]]:

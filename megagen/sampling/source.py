@@ -35,6 +35,7 @@ from megagen.engine.role import Role, RoleSettings
 from megagen.models import MODELS
 from megagen.models.base import ModelPlugin, WeightStore
 from megagen.models.hub import local_directory, read_json
+from megagen.models.wan_causal.options import CONFIG_KEY as CAUSAL_KEY
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.mesh import Mesh
 from megagen.sampling.pipeline import VideoPipeline
@@ -82,14 +83,14 @@ class Source:
     clip_vision: ClipVisionOptions | None = None
 
 
-def from_directory(path: str, spec_from: Path | None = None, family: str = "wan") -> Source:
+def from_directory(path: str, spec_from: Path | None = None, family: str | None = None) -> Source:
     """A diffusers pipeline, or a transformer with ``sampling.json``.
 
     Args:
         path: directory or hub id.
         spec_from: dataset directory or ``sampling.json`` that says the codec and the text encoder,
             where ``path`` does not.
-        family: model plugin.
+        family: model plugin; None: as the directory says, else Wan.
 
     Raises:
         CheckpointError: the directory is not one of these.
@@ -100,7 +101,7 @@ def from_directory(path: str, spec_from: Path | None = None, family: str = "wan"
     if (root / "transformer_2" / "config.json").is_file():
         experts = ["high", "low"]
     spec = read_spec(spec_from or root)
-    cls = resolve(family, MODELS, where="family")
+    cls = resolve(family or _family(root), MODELS, where="family")
     plugins = []
     for expert in experts:
         keys: dict[str, Any] = {"init_from": str(root), "expert": expert}
@@ -214,6 +215,13 @@ def write_spec(directory: Path, spec: SamplingSpec) -> None:
     """Write ``sampling.json`` beside a model's weights."""
     text = json.dumps(spec.model_dump(mode="json"), indent=1)
     (directory / SPEC).write_text(text + "\n")
+
+
+def _family(root: Path) -> str:
+    """Causal networks say so in their ``config.json``."""
+    files = [root / "transformer" / "config.json", root / "config.json"]
+    config = next((read_json(file) for file in files if file.is_file()), {})
+    return "wan_causal" if CAUSAL_KEY in config else "wan"
 
 
 def _pipeline_spec(root: Path) -> SamplingSpec:
