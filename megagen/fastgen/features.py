@@ -6,7 +6,8 @@ forward drains it. Three things a bare hook does not do:
 * Nothing is captured while autograd runs backward. Activation checkpointing runs a block a second
   time there, and its output would stay in the list and be taken for the next forward's.
 * ``captured(...)`` can stop the gradient after the last captured block, so that later blocks build
-  no graph, or end the forward there.
+  no graph, or end the forward there; and it finds the gradient of a block under reentrant
+  checkpointing, which autograd ties to the block's output only when the hook is over.
 * A deep copy of the module captures into a list of its own, not into the original's.
 
 Where a forward is sharded (FSDP2), attach after ``fully_shard``: the last hook may end the forward,
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +50,9 @@ class _State:
     buffer: list[Tensor] = field(default_factory=list)
     stop_gradient: bool = False
     early_exit: bool = False
-    ran_without_grad: bool = False
+    needs_grad: bool = False
+    late: dict[int, Callable[[], Tensor]] = field(default_factory=dict)
+    """By position, features that are to be made anew once their block is left."""
 
 
 class _ForwardDone(Exception):
@@ -73,8 +77,13 @@ class _Hook:
         if _in_backward():
             return None
         state = self.state
+        if state.needs_grad and not torch.is_grad_enabled():
+            # Reentrant checkpointing: the output gets its graph when this hook is over, and none
+            # if the hook ended the forward or gave another tensor on.
+            state.late[len(state.buffer)] = partial(self.extract, output)
+            state.buffer.append(self.extract(output))
+            return None
         state.buffer.append(self.extract(output))
-        state.ran_without_grad |= not torch.is_grad_enabled()
         if not self.is_last:
             return None
         if state.early_exit:
@@ -187,6 +196,9 @@ def captured(
     its own are too. With a module whose ``_fastgen_captured`` somebody else's hooks fill, the list
     is drained and no more: ``stop_gradient``, ``early_exit`` and ``needs_grad`` do nothing.
 
+    Under reentrant activation checkpointing with ``needs_grad``, neither ``stop_gradient`` nor
+    ``early_exit`` has an effect, and gradients come by ``backward()`` alone, as everywhere there.
+
     Args:
         module: what ``attach`` was called with.
         stop_gradient: what leaves the last captured block is detached: features keep their
@@ -196,8 +208,8 @@ def captured(
         needs_grad: features are to carry a gradient where grad mode is on.
 
     Raises:
-        RuntimeError: ``needs_grad``, and blocks ran without grad mode, as under reentrant
-            activation checkpointing.
+        RuntimeError: ``needs_grad``, and blocks ran without grad mode and got no graph later, as
+            where one reentrant checkpoint covers more than the block.
     """
     state: _State | None = getattr(module, _STATE, None)
     taken = Taken()
@@ -205,23 +217,38 @@ def captured(
         yield taken
         taken.features = drain(module)
         return
-    before = state.stop_gradient, state.early_exit
-    state.stop_gradient, state.early_exit = stop_gradient, early_exit
-    state.ran_without_grad = False
+    needs_grad = needs_grad and torch.is_grad_enabled()
+    with _armed(state, stop_gradient, early_exit, needs_grad):
+        try:
+            yield taken
+        except _ForwardDone as done:
+            if done.state is not state:  # of another module's forward, around this one
+                raise
+        taken.features = [
+            state.late[position]() if position in state.late else feature
+            for position, feature in enumerate(state.buffer)
+        ]
+        if any(taken.features[position].grad_fn is None for position in state.late):
+            raise RuntimeError(
+                f"{type(module).__name__}'s features carry no gradient, since its blocks ran "
+                "without grad mode, as they do within a reentrant activation checkpoint: use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or a checkpoint of "
+                "each block alone"
+            )
+
+
+@contextmanager
+def _armed(
+    state: _State, stop_gradient: bool, early_exit: bool, needs_grad: bool
+) -> Iterator[None]:
+    """The hooks do as told within this block, which begins and ends with nothing captured."""
+    before = state.stop_gradient, state.early_exit, state.needs_grad
+    state.stop_gradient, state.early_exit, state.needs_grad = stop_gradient, early_exit, needs_grad
     state.buffer.clear()
+    state.late.clear()
     try:
-        yield taken
-        taken.features = drain(module)
-    except _ForwardDone as done:
-        if done.state is not state:  # of another module's forward, around this one
-            raise
-        taken.features = drain(module)
+        yield
     finally:
-        state.stop_gradient, state.early_exit = before
+        state.stop_gradient, state.early_exit, state.needs_grad = before
         state.buffer.clear()
-    if needs_grad and torch.is_grad_enabled() and state.ran_without_grad:
-        raise RuntimeError(
-            f"{type(module).__name__}'s features carry no gradient, since its blocks ran without "
-            "grad mode: reentrant activation checkpointing does that. Checkpoint them with "
-            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or not at all"
-        )
+        state.late.clear()

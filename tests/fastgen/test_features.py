@@ -21,6 +21,7 @@ from megagen.fastgen.features import (
     drain,
     pop_captured_features,
 )
+from megagen.fastgen.network import first_tensor
 
 WIDTH, BLOCKS = 6, 5
 INDICES = [3, 1, 3]
@@ -165,20 +166,37 @@ def test_gradient_of_features_under_checkpointing(stack: Stack, x: Tensor) -> No
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("early_exit", [False, True])
-def test_reentrant_checkpointing_loses_the_gradient_and_says_so(
-    stack: Stack, x: Tensor, early_exit: bool
+@pytest.mark.parametrize("view", [False, True])
+def test_gradient_of_features_under_reentrant_checkpointing(
+    stack: Stack, x: Tensor, early_exit: bool, view: bool
 ) -> None:
-    attach(stack, "blocks", INDICES)
+    """A block's output gets its graph only after the hook, and a view of it never by itself."""
+    attach(stack, "blocks", INDICES, (lambda out: out.transpose(1, 2)) if view else first_tensor)
     stack.reentrant = True
+    outputs = stack.outputs(x)
+    wanted = torch.autograd.grad(weighted([outputs[1], outputs[3]]), x)
+    with captured(stack, early_exit=early_exit, needs_grad=True) as taken:
+        stack(x)
+    assert len(stack.calls) == BLOCKS
+    weighted(taken.features).backward()
+    assert len(stack.calls) == BLOCKS + 4
+    same([x.grad], list(wanted))  # type: ignore[list-item]
+    assert drain(stack) == []
+    stack.calls.clear()
+    with torch.no_grad(), captured(stack, early_exit=early_exit, needs_grad=True) as taken:
+        stack(x)
+    assert len(stack.calls) == (4 if early_exit else BLOCKS)
+    assert taken.features is not None and len(taken.features) == 2
+
+
+@pytest.mark.parametrize("early_exit", [False, True])
+def test_a_gradient_that_is_lost_is_said(stack: Stack, x: Tensor, early_exit: bool) -> None:
+    attach(stack, "blocks", INDICES)
     with (
         pytest.raises(RuntimeError, match="use_reentrant=False"),
         captured(stack, early_exit=early_exit, needs_grad=True),
     ):
-        stack(x)
-    with torch.no_grad(), captured(stack, early_exit=early_exit, needs_grad=True) as taken:
-        stack(x)
-    assert taken.features is not None and len(taken.features) == 2
-    stack.reentrant = None
+        checkpoint(stack, x, use_reentrant=True)  # the blocks' outputs are not the checkpoint's
     with captured(stack, early_exit=early_exit, needs_grad=True) as taken:
         stack(x)
     assert weighted(taken.features).requires_grad
