@@ -18,7 +18,7 @@ __all__ = ["Discriminator", "PerFeatureDiscriminator", "num_groups", "seeded"]
 
 
 class Discriminator(nn.Module):
-    """Base class: calling it raises ``NotImplementedError`` until a subclass has a ``forward``.
+    """Base class; as with any module, a subclass brings the ``forward``: features -> logits.
 
     Args:
         feature_indices: blocks of the frozen network whose outputs it judges.
