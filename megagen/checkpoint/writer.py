@@ -94,12 +94,7 @@ class DirectoryWriter:
         if len(self.files) > 1:
             index = {"metadata": {"total_size": self.total}, "weight_map": self.weight_map}
             _write_synced(self.staged / f"{STEM}.safetensors.index.json", _json(index))
-        kept = base_dir / "config.json" if base_dir is not None else None
-        if kept is not None and kept.is_file():
-            config = kept.read_bytes()
-        else:
-            config = _json(plugin.diffusers_config())
-        _write_synced(self.staged / "config.json", config)
+        _write_synced(self.staged / "config.json", _config(plugin, base_dir))
         for handle in self.files.values():
             handle.flush()
             os.fsync(handle.fileno())
@@ -112,6 +107,20 @@ class DirectoryWriter:
             self.directory.rename(old)
         self.staged.rename(self.directory)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _config(plugin: ModelPlugin, base_dir: Path | None) -> bytes:
+    """The base's ``config.json`` where there is one, else the plugin's.
+
+    Keys of ours in it (``_causal``), which diffusers ignores, are the plugin's in any case.
+    """
+    config = plugin.diffusers_config()
+    kept = base_dir / "config.json" if base_dir is not None else None
+    if kept is None or not kept.is_file():
+        return _json(config)
+    own = {k: v for k, v in config.items() if k.startswith("_") and k != "_class_name"}
+    known = json.loads(kept.read_bytes())
+    return kept.read_bytes() if known | own == known else _json(known | own)
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:

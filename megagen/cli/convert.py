@@ -88,7 +88,9 @@ def _write_spec(checkpoint: Path, target: Path, base: Path | None) -> None:
 def from_diffusers(
     model: Annotated[str, typer.Option(help="Diffusers directory or hub id.")],
     output: Annotated[Path, typer.Option(help="Run folder to make.")],
-    family: Annotated[str, typer.Option(help="Model plugin.")] = "wan",
+    family: Annotated[
+        str | None, typer.Option(help="Model plugin; default as the model says, else wan.")
+    ] = None,
     subfolder: Annotated[str | None, typer.Option(help="The transformer's folder.")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks to start here.")] = 1,
     tp_size: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
@@ -100,8 +102,9 @@ def from_diffusers(
     from megagen.core.registry import resolve
     from megagen.models import MODELS
     from megagen.parallel.dims import ParallelDims
+    from megagen.sampling.source import find_family
 
-    cls = resolve(family, MODELS, where="--family")
+    cls = resolve(family or find_family(Path(model)), MODELS, where="--family")
     keys = {"init_from": model, "subfolder": subfolder}
     plugin = cls(parse_options(cls.Options, keys, "convert"), where="convert")
     dims = ParallelDims(tp_size=tp_size, pp_size=pp_size)

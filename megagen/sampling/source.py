@@ -101,7 +101,7 @@ def from_directory(path: str, spec_from: Path | None = None, family: str | None 
     if (root / "transformer_2" / "config.json").is_file():
         experts = ["high", "low"]
     spec = read_spec(spec_from or root)
-    cls = resolve(family or _family(root), MODELS, where="family")
+    cls = resolve(family or find_family(root), MODELS, where="family")
     plugins = []
     for expert in experts:
         keys: dict[str, Any] = {"init_from": str(root), "expert": expert}
@@ -217,8 +217,8 @@ def write_spec(directory: Path, spec: SamplingSpec) -> None:
     (directory / SPEC).write_text(text + "\n")
 
 
-def _family(root: Path) -> str:
-    """Causal networks say so in their ``config.json``."""
+def find_family(root: Path) -> str:
+    """The plugin of a diffusers directory: causal networks say so in their ``config.json``."""
     files = [root / "transformer" / "config.json", root / "config.json"]
     config = next((read_json(file) for file in files if file.is_file()), {})
     return "wan_causal" if CAUSAL_KEY in config else "wan"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,19 @@ def test_what_is_not_there_or_in_the_way(original: Path, tmp_path: Path) -> None
             *("to-diffusers", "--checkpoint", run, "--output", tmp_path / "x"),
             *("--role", "teacher"),
         )
+
+
+def test_a_causal_network_stays_causal(original: Path, tmp_path: Path) -> None:
+    causal = {"num_frames_per_block": 2, "local_attn_size": 5, "sink_size": 1}
+    before = tmp_path / "before"
+    shutil.copytree(original / "transformer", before)
+    config = json.loads((before / "config.json").read_text())
+    (before / "config.json").write_text(json.dumps({**config, "_causal": causal}))
+    call("from-diffusers", "--model", before, "--output", tmp_path / "run")
+    for name, base in (("alone", ()), ("base", ("--base", original))):
+        back = tmp_path / name
+        call("to-diffusers", "--checkpoint", tmp_path / "run", "--output", back, *base)
+        back = back / "transformer" if base else back
+        assert causal.items() <= json.loads((back / "config.json").read_text())["_causal"].items()
+        assert all(torch.equal(tensors(before)[n], t) for n, t in tensors(back).items())
+        WanTransformer3DModel.from_pretrained(back)

@@ -66,11 +66,13 @@ class WanCausalOptions(WanOptions):
     the defaults of ``CausalOptions``.
 
     Args:
-        num_frames_per_block: see ``CausalOptions``.
-        independent_first_frame: see ``CausalOptions``.
-        local_attn_size: see ``CausalOptions``.
-        sink_size: see ``CausalOptions``.
-        rope_cache_policy: see ``CausalOptions``.
+        num_frames_per_block: latent frames made together, which see each other; default 3.
+        independent_first_frame: the first latent frame is a block of its own; default false.
+        local_attn_size: most latent frames that a block sees, itself included; -1 (default): no
+            limit.
+        sink_size: of these, how many are the video's first frames; default 0.
+        rope_cache_policy: how the sink's frames are rotated: by their place in the video (absolute,
+            the default), or as if they came right before the window's (relativistic).
     """
 
     num_frames_per_block: int | None = Field(None, ge=1)
