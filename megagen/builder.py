@@ -170,9 +170,10 @@ def build_run(config: RunConfig, plugins: Mapping[str, ModelPlugin]) -> Run:
     streams = Streams(config.training.seed)
     mesh = Mesh.build(config.training.distributed.dims())
     loader = build_loader(config, mesh, streams)
-    roles: dict[str, Role] = {}
-    for name, plugin in plugins.items():
-        roles[name] = build_role(config, name, plugin, mesh, streams, roles)
+    built: dict[str, Role] = {}
+    for name in sorted(plugins, key=lambda name: name not in config.base_sharers()[:1]):
+        built[name] = build_role(config, name, plugins[name], mesh, streams, built)
+    roles = {name: built[name] for name in plugins}
     cls = method_class(config)
     options = parse_options(cls.Options, config.method.own_options(), "method")
     facts = RunFacts(
@@ -261,8 +262,6 @@ def optimizer_settings(config: RunConfig, name: str) -> OptimizerSettings:
     """
     cls = method_class(config)
     options = parse_options(cls.Options, config.method.own_options(), "method")
-    values = config.training.optimizer.model_dump()
-    values["max_grad_norm"] = _built_in(config, "grad_clip", GradClipOptions).max_grad_norm
     of_method = cls.optimizer_options(options, name)
     own = config.models[name].optimizer.model_dump(exclude_none=True)
     for key in own.keys() & of_method.keys():
@@ -273,9 +272,9 @@ def optimizer_settings(config: RunConfig, name: str) -> OptimizerSettings:
                 where=f"models.{name}.optimizer.{key}",
             )
     return OptimizerSettings(
-        **{**values, **of_method, **own},
-        total_steps=cls.num_updates(options, name, config.training.loop.max_train_steps),
-        use_distributed_optimizer=config.role_distributed(name).use_distributed_optimizer,
+        **config.training.optimizer.model_dump(),
+        max_grad_norm=_built_in(config, "grad_clip", GradClipOptions).max_grad_norm,
+        total_steps=config.training.loop.max_train_steps,
     )
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from megagen.checkpoint.adapters import AdapterFile, InitialAdapters, make_reference
-from megagen.config.lora import LoraOptions
 from megagen.config.schema import RunConfig
 from megagen.core.errors import ConfigError
 from megagen.core.streams import Streams
@@ -16,29 +15,9 @@ from megagen.models.adapters import AdapterSpec, adapted_modules
 from megagen.models.base import ModelPlugin, WeightStore
 
 
-def options_of(config: RunConfig, name: str) -> LoraOptions | None:
-    """The section of role ``name`` where it is enabled."""
-    found = config.models[name].lora
-    return found if found is not None and found.enable else None
-
-
 def adapter_spec(config: RunConfig, name: str) -> AdapterSpec | None:
     """The adapters of role ``name``; None: it has none."""
-    options = options_of(config, name)
-    if options is None or options.rank is None:
-        return None
-    return AdapterSpec(
-        rank=options.rank,
-        alpha=options.rank if options.alpha is None else options.alpha,
-        target_modules=options.target_modules,
-        exclude_modules=options.exclude_modules,
-    )
-
-
-def sharing_roles(config: RunConfig) -> list[str]:
-    """The roles on one base, its owner first."""
-    found = {name: options_of(config, name) for name in config.models}
-    return [name for name, options in found.items() if options is not None and options.share_base]
+    return AdapterSpec.of(config.role_lora(name))
 
 
 def check(config: RunConfig, plugins: Mapping[str, ModelPlugin]) -> None:
@@ -49,7 +28,7 @@ def check(config: RunConfig, plugins: Mapping[str, ModelPlugin]) -> None:
         CheckpointError: ``lora.init_from`` has other adapters.
     """
     for name, plugin in plugins.items():
-        options, spec, where = options_of(config, name), adapter_spec(config, name), _where(name)
+        options, spec, where = config.role_lora(name), adapter_spec(config, name), _where(name)
         if options is not None and spec is None and config.models[name].trainable:
             raise ConfigError(
                 "required: the role is trained, and its base is not.",
@@ -64,7 +43,7 @@ def check(config: RunConfig, plugins: Mapping[str, ModelPlugin]) -> None:
 
 
 def _check_sharing(config: RunConfig, plugins: Mapping[str, ModelPlugin]) -> None:
-    sharing = sharing_roles(config)
+    sharing = config.base_sharers()
     if len(sharing) == 1:
         others = [name for name in config.models if name not in sharing]
         raise ConfigError(
@@ -109,7 +88,7 @@ def adapter_store(
     config: RunConfig, name: str, plugin: ModelPlugin, streams: Streams
 ) -> WeightStore | None:
     """Where the first adapters of role ``name`` come from; None: it has none."""
-    options, spec = options_of(config, name), adapter_spec(config, name)
+    options, spec = config.role_lora(name), adapter_spec(config, name)
     if options is None or spec is None:
         return None
     if options.init_from is None:
@@ -119,8 +98,8 @@ def adapter_store(
 
 def lender(config: RunConfig, name: str, built: Mapping[str, Role]) -> Role | None:
     """The role whose base weights role ``name`` uses; None: it has its own."""
-    sharing = sharing_roles(config)
-    return built.get(sharing[0]) if name in sharing[1:] else None
+    sharing = config.base_sharers()
+    return built[sharing[0]] if name in sharing[1:] else None
 
 
 def reference(
@@ -130,7 +109,7 @@ def reference(
     spec = adapter_spec(config, name)
     if spec is None:
         return None
-    sharing = sharing_roles(config)
+    sharing = config.base_sharers()
     given = config.models[name].model_options()
     source, directory = given.get("init_from"), getattr(plugin, "directory", None)
     if source is not None and Path(source).exists():

@@ -33,10 +33,12 @@ class Throughput:
     Args:
         plugin: the student's model.
         device: this rank's device.
+        num_passes: forward passes that a step's work amounts to; 2 where the weights themselves
+            have no gradients (LoRA).
     """
 
-    def __init__(self, plugin: ModelPlugin, device: torch.device) -> None:
-        self._plugin, self._device = plugin, device
+    def __init__(self, plugin: ModelPlugin, device: torch.device, num_passes: int = 3) -> None:
+        self._plugin, self._device, self._num_passes = plugin, device, num_passes
         self._start = 0.0
         self._tokens, self._flops = 0, 0.0
         self._peak = _peak_tflops(device)
@@ -49,7 +51,7 @@ class Throughput:
             text_len = text.shape[1] if text is not None else 0
             count, shape = len(batch.positions), batch.latent_shape
             self._tokens += count * self._plugin.num_tokens(shape)
-            self._flops += 3 * count * self._plugin.flops(shape, text_len)
+            self._flops += self._num_passes * count * self._plugin.flops(shape, text_len)
         self._start = time.perf_counter()
 
     def stop(self, num_data_ranks: int) -> dict[str, float]:

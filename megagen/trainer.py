@@ -106,7 +106,9 @@ class Trainer:
         if process.is_main():
             self._write_run_yaml()
             self.trackers = self._make_trackers(self.step)
-        throughput = Throughput(self.run_parts.roles["student"].plugin, process.device())
+        student = self.run_parts.roles["student"]
+        num_passes = 3 if student.settings.lora is None else 2
+        throughput = Throughput(student.plugin, process.device(), num_passes)
         for callback in self.run_parts.callbacks.values():
             callback.on_train_start(self)
         stopped = False
@@ -204,7 +206,7 @@ class Trainer:
         if self._saved_step == self.step:
             return
         target = self.checkpoints_dir / commit.step_name(self.step)
-        state.save(target, self._trainer_state(), self.run_parts.roles)
+        state.save(target, self._trainer_state(), self._stateful())
         self._saved_step = self.step
         if process.is_main():
             commit.prune(
@@ -212,6 +214,10 @@ class Trainer:
             )
         self._on_phase("after_save", self.step)
         log.info("saved %s", target)
+
+    def _stateful(self) -> dict[str, state.Stateful]:
+        """Roles, and what the method trains beside them."""
+        return {**self.run_parts.roles, **self.run_parts.method.heads}
 
     def _trainer_state(self) -> state.TrainerState:
         return state.TrainerState(
@@ -249,7 +255,7 @@ class Trainer:
             if role.trainable:
                 saved = trainer_state.adapters.get(name)
                 check_reference(saved, role.adapter_reference, name, chosen)
-        state.load(directory, self.run_parts.roles)
+        state.load(directory, self._stateful())
         self.step = self._saved_step = trainer_state.step
         log.info("resumed %s", directory)
 

@@ -348,3 +348,14 @@ class RunConfig(StrictOptions):
     def role_distributed(self, name: str) -> DistributedOptions:
         """The layout of role ``name``."""
         return self.models[name].distributed or self.training.distributed
+
+    def role_lora(self, name: str) -> LoraOptions | None:
+        """The ``lora`` section of role ``name`` where it is enabled."""
+        found = self.models[name].lora
+        return found if found is not None and found.enable else None
+
+    def base_sharers(self) -> list[str]:
+        """The roles on one copy of base weights, its owner first: the student, else the first."""
+        sections = {name: self.role_lora(name) for name in self.models}
+        found = [name for name, lora in sections.items() if lora is not None and lora.share_base]
+        return sorted(found, key=lambda name: name != "student")

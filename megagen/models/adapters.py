@@ -39,6 +39,14 @@ class AdapterSpec:
     target_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] = DEFAULT_EXCLUDED
 
+    @staticmethod
+    def of(options: Any) -> AdapterSpec | None:
+        """From a ``lora`` section of a config (or None); None where it asks for no adapter."""
+        if options is None or options.rank is None:
+            return None
+        alpha = options.rank if options.alpha is None else options.alpha
+        return AdapterSpec(options.rank, alpha, options.target_modules, options.exclude_modules)
+
     @property
     def scale(self) -> float:
         """``alpha / rank``."""

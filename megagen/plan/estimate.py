@@ -2,7 +2,10 @@
 
 Memory = weights + gradients + optimizer states + EMA + activations, in bytes:
 
-* weights 2 (bf16) or 4 (fp32) per parameter; parameters are cut by TP x PP;
+* weights 2 (bf16) or 4 (fp32) per parameter; parameters are cut by TP x PP; a base that roles
+  share counts once, for its owner;
+* gradients, moments, masters and EMA only of what is trained: with LoRA the adapters, which are cut
+  by PP (TP cuts one matrix of each pair, which is not counted);
 * gradients 4 (fp32 buffers) for a trained role;
 * Adam moments 8, and 4 more for the fp32 master of a bf16 weight; divided by DP x CP under the
   distributed optimizer;
@@ -55,6 +58,8 @@ class Load:
         recompute: none, selective or full.
         distributed_optimizer: states sharded over data ranks.
         ema: whether an EMA is kept.
+        adapters: parameters of LoRA, which alone are trained; None: the whole network is.
+        borrows_base: the base weights are another role's.
     """
 
     dims: ParallelDims
@@ -67,6 +72,8 @@ class Load:
     recompute: str
     distributed_optimizer: bool
     ema: bool
+    adapters: int | None = None
+    borrows_base: bool = False
 
 
 def memory(plugin: ModelPlugin, load: Load) -> Memory:
@@ -76,12 +83,15 @@ def memory(plugin: ModelPlugin, load: Load) -> Memory:
     element = 2 if load.bf16 else 4
     shards = dims.dp_size(load.world_size) * dims.cp_size if load.distributed_optimizer else 1
     states = (12 if load.bf16 else 8) / shards
-    trained = 1 if load.trainable else 0
+    adapters = (load.adapters or 0) / dims.pp_size
+    trained = adapters if load.adapters is not None else parameters
+    if not load.trainable:
+        trained = 0
     return Memory(
-        weights=element * parameters,
-        gradients=4 * parameters * trained,
-        optimizer=states * parameters * trained,
-        ema=4 * parameters * trained if load.ema else 0.0,
+        weights=element * (adapters + (0 if load.borrows_base else parameters)),
+        gradients=4 * trained,
+        optimizer=states * trained,
+        ema=4 * trained if load.ema else 0.0,
         activations=element * _activation_numbers(plugin, load),
     )
 
@@ -105,6 +115,10 @@ def _activation_numbers(plugin: ModelPlugin, load: Load) -> float:
 
 
 def step_flops(plugin: ModelPlugin, load: Load, text_len: int) -> float:
-    """FLOPs of one optimizer step of a trained role over the whole run: 3 x forward x samples."""
+    """FLOPs of one optimizer step of a trained role over the whole run.
+
+    3 x forward x samples; 2 x with LoRA, whose frozen base has no gradients of weights.
+    """
     samples = load.micro_batch_size * load.num_micro_batches * load.dims.dp_size(load.world_size)
-    return 3 * samples * plugin.flops(load.latent_shape, text_len)
+    passes = 3 if load.adapters is None else 2
+    return passes * samples * plugin.flops(load.latent_shape, text_len)

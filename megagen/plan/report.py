@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megagen.config.schema import RunConfig
+from megagen.models.adapters import AdapterSpec, num_parameters
 from megagen.models.base import ModelPlugin
 from megagen.plan.estimate import GB, Load, memory, step_flops
 
@@ -73,6 +74,15 @@ def _layout(config: RunConfig, world_size: int) -> str:
     return ", ".join(parts)
 
 
+def _trained(config: RunConfig, name: str, adapters: int | None) -> str:
+    """What of a role is trained, and whose weights it stands on."""
+    text = "trained" if config.models[name].trainable else "frozen"
+    if adapters is not None:
+        text += f" by {adapters / 1e6:.3f} M parameters of LoRA" if text == "trained" else ", LoRA"
+    sharers = config.base_sharers()
+    return text + (f", on the base weights of {sharers[0]}" if name in sharers[1:] else "")
+
+
 def _role(
     config: RunConfig,
     name: str,
@@ -82,11 +92,13 @@ def _role(
     text_len: int,
 ) -> tuple[list[str], float]:
     role = config.models[name]
+    spec = AdapterSpec.of(config.role_lora(name))
+    adapters = num_parameters(plugin, spec) if spec is not None else None
     lines = [
         f"{name:<10} {type(plugin).__name__}, {plugin.num_parameters() / 1e6:.2f} M parameters, "
         f"{plugin.num_layers} layers, hidden {plugin.hidden_size}, {plugin.num_heads} heads, "
         f"{role.precision or config.training.precision}, "
-        f"{'trained' if role.trainable else 'frozen'}"
+        f"{_trained(config, name, adapters)}"
     ]
     if latent_shape is None:
         return lines, 0.0
@@ -103,6 +115,8 @@ def _role(
         recompute=role.recompute or config.training.recompute,
         distributed_optimizer=distributed.use_distributed_optimizer,
         ema=name == "student" and "ema" in config.callbacks,
+        adapters=adapters,
+        borrows_base=name in config.base_sharers()[1:],
     )
     used = memory(plugin, load)
     lines.append(
