@@ -8,7 +8,8 @@ forward drains it. Three things a bare hook does not do:
 * ``captured(...)`` can stop the gradient after the last captured block, so that later blocks build
   no graph, or end the forward there; and it finds the gradient of a block under reentrant
   checkpointing, which autograd ties to the block's output only when the hook is over.
-* A deep copy of the module captures into a list of its own, not into the original's.
+* A deep copy of the module (a student, a fake score) captures into a list of its own, not into the
+  original's, and only within ``captured(...)``, since nobody drains it otherwise.
 
 Where a forward is sharded (FSDP2), attach after ``fully_shard``: the last hook may end the forward,
 and sharding's own hook on the block must have run before that.
@@ -16,6 +17,7 @@ and sharding's own hook on the block must have run before that.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,8 +53,12 @@ class _State:
     stop_gradient: bool = False
     early_exit: bool = False
     needs_grad: bool = False
+    only_captured: bool = False
     late: dict[int, Callable[[], Tensor]] = field(default_factory=dict)
     """By position, features that are to be made anew once their block is left."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
+        return _State(buffer=copy.deepcopy(self.buffer, memo), only_captured=True)
 
 
 class _ForwardDone(Exception):
@@ -74,9 +80,9 @@ class _Hook:
         self.state, self.extract, self.is_last = state, extract, is_last
 
     def __call__(self, block: nn.Module, inputs: Any, output: Any) -> Any:
-        if _in_backward():
-            return None
         state = self.state
+        if _in_backward() or state.only_captured:
+            return None
         if state.needs_grad and not torch.is_grad_enabled():
             # Reentrant checkpointing: the output gets its graph when this hook is over, and none
             # if the hook ended the forward or gave another tensor on.
@@ -242,13 +248,14 @@ def _armed(
     state: _State, stop_gradient: bool, early_exit: bool, needs_grad: bool
 ) -> Iterator[None]:
     """The hooks do as told within this block, which begins and ends with nothing captured."""
-    before = state.stop_gradient, state.early_exit, state.needs_grad
+    before = state.stop_gradient, state.early_exit, state.needs_grad, state.only_captured
     state.stop_gradient, state.early_exit, state.needs_grad = stop_gradient, early_exit, needs_grad
+    state.only_captured = False
     state.buffer.clear()
     state.late.clear()
     try:
         yield
     finally:
-        state.stop_gradient, state.early_exit, state.needs_grad = before
+        state.stop_gradient, state.early_exit, state.needs_grad, state.only_captured = before
         state.buffer.clear()
         state.late.clear()

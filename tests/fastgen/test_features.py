@@ -283,6 +283,8 @@ def test_a_deep_copy_captures_into_its_own_list(stack: Stack, x: Tensor) -> None
     assert len(other.calls) == 4 and not stack.calls
     same(taken.features, [stack.outputs(x)[k] for k in (1, 3)])
     assert drain(stack) == []
+    other(x)
+    assert drain(other) == []  # nobody would drain it
     detach(other)
     other(x)
     assert drain(other) is None and drain(stack) == []

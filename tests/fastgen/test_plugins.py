@@ -118,9 +118,10 @@ def test_wan_on_the_grid_in_a_copy_and_removed(wan: nn.Module) -> None:
     other = copy.deepcopy(wan)
     small, large = wan_inputs(1, 2, 2), wan_inputs(2, 4, 4)
     wan(**small)
-    other(**large)
-    (ours,), (theirs,) = wan22.pop_captured_features(wan), wan22.pop_captured_features(other)
-    assert ours.shape[2:] == (1, 1, 1) and theirs.shape[2:] == (2, 2, 2)
+    with captured(other) as taken:
+        other(**large)
+    exact(wan22.pop_captured_features(wan), [on_grid(block_outputs(wan, small)[1], 1, 1, 1)])
+    exact(taken.features, [on_grid(block_outputs(wan, large)[1], 2, 2, 2)])
     wan22.remove_feature_capture(wan)
     wan22.remove_feature_capture(wan)
     assert not any(module._forward_hooks for module in wan.modules())
