@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -179,6 +180,7 @@ def build_run(config: RunConfig, plugins: Mapping[str, ModelPlugin]) -> Run:
     facts = RunFacts(
         output_dir=Path(config.training.checkpoint.output_dir),
         unconditional=loader.dataset.unconditional,
+        optimizer=_run_optimizer(config),
     )
     method = cls(roles, options, streams, facts)
     callbacks = {
@@ -271,6 +273,17 @@ def optimizer_settings(config: RunConfig, name: str) -> OptimizerSettings:
                 remedy="Give it in one place.",
                 where=f"models.{name}.optimizer.{key}",
             )
+    base = _run_optimizer(config)
+    return replace(
+        base,
+        **{**of_method, **own},
+        total_steps=cls.num_updates(options, name, base.total_steps),
+        use_distributed_optimizer=config.role_distributed(name).use_distributed_optimizer,
+    )
+
+
+def _run_optimizer(config: RunConfig) -> OptimizerSettings:
+    """``training.optimizer`` with the clip of ``callbacks.grad_clip``, over all steps."""
     return OptimizerSettings(
         **config.training.optimizer.model_dump(),
         max_grad_norm=_built_in(config, "grad_clip", GradClipOptions).max_grad_norm,

@@ -206,7 +206,7 @@ class Trainer:
         if self._saved_step == self.step:
             return
         target = self.checkpoints_dir / commit.step_name(self.step)
-        state.save(target, self._trainer_state(), self.run_parts.roles)
+        state.save(target, self._trainer_state(), self._stateful())
         self._saved_step = self.step
         if process.is_main():
             commit.prune(
@@ -214,6 +214,10 @@ class Trainer:
             )
         self._on_phase("after_save", self.step)
         log.info("saved %s", target)
+
+    def _stateful(self) -> dict[str, state.Stateful]:
+        """Roles, and what the method trains beside them."""
+        return {**self.run_parts.roles, **self.run_parts.method.heads}
 
     def _trainer_state(self) -> state.TrainerState:
         return state.TrainerState(
@@ -251,7 +255,7 @@ class Trainer:
             if role.trainable:
                 saved = trainer_state.adapters.get(name)
                 check_reference(saved, role.adapter_reference, name, chosen)
-        state.load(directory, self.run_parts.roles)
+        state.load(directory, self._stateful())
         self.step = self._saved_step = trainer_state.step
         log.info("resumed %s", directory)
 

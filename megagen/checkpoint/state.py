@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,6 @@ from megagen.checkpoint import commit
 from megagen.core import process
 from megagen.core.errors import CheckpointError
 from megagen.core.log import get_logger
-from megagen.engine.role import Role
 
 log = get_logger(__name__)
 
@@ -55,10 +54,21 @@ class TrainerState:
     adapters: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+class Stateful(Protocol):
+    """What a checkpoint holds: a role, or a trained head beside the roles."""
+
+    @property
+    def trainable(self) -> bool: ...
+
+    def sharded_state(self, is_loading: bool = False) -> dict[str, Any]: ...
+
+    def load_state(self, loaded: dict[str, Any]) -> None: ...
+
+
 def save(
     directory: Path,
     state: TrainerState,
-    roles: Mapping[str, Role],
+    roles: Mapping[str, Stateful],
     *,
     include_frozen: bool = False,
 ) -> None:
@@ -109,7 +119,7 @@ def read_trainer(directory: Path, *, hashes: bool = True) -> TrainerState:
     return TrainerState(**json.loads((directory / TRAINER).read_text()))
 
 
-def load(directory: Path, roles: Mapping[str, Role]) -> None:
+def load(directory: Path, roles: Mapping[str, Stateful]) -> None:
     """Read the state of ``roles`` from a verified checkpoint, under any layout. Collective.
 
     Raises:

@@ -21,7 +21,9 @@ from megagen.core.errors import ConfigError
 from megagen.core.options import StrictOptions
 from megagen.core.streams import Streams
 from megagen.data.batch import Batch
+from megagen.engine.head import Head
 from megagen.engine.role import Role
+from megagen.engine.settings import OptimizerSettings
 from megagen.models.base import ModelPlugin
 
 
@@ -48,10 +50,13 @@ class RunFacts:
         output_dir: the run folder.
         unconditional: embeddings ``[L, D]`` of the ``empty`` and the ``negative`` prompt, as far as
             the dataset has them.
+        optimizer: ``training.optimizer`` over all steps of the run, for what a method trains beside
+            its roles.
     """
 
     output_dir: Path = Path()
     unconditional: Mapping[str, Tensor] = field(default_factory=dict)
+    optimizer: OptimizerSettings | None = None
 
 
 class TrainingMethod(ABC):
@@ -114,6 +119,11 @@ class TrainingMethod(ABC):
     @abstractmethod
     def train_step(self, batches: Sequence[Batch], step: int) -> StepResult:
         """One step over this data rank's micro-batches; ``step`` counts from 0."""
+
+    @property
+    def heads(self) -> Mapping[str, Head]:
+        """What is trained beside the roles; kept in checkpoints under these names."""
+        return {}
 
     # -- helpers shared by methods -----------------------------------------------------------------
     @property

@@ -13,7 +13,7 @@ Legend: B batch, C channels, T frames, H W latent size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -22,10 +22,12 @@ from megagen.core import process
 from megagen.core.log import get_logger
 from megagen.core.streams import Streams
 from megagen.data.batch import Batch
+from megagen.engine.head import Head
 from megagen.engine.role import Role
 from megagen.fastgen.flow_matching import rf_alpha, rf_sigma
 from megagen.fastgen.losses import dsm_loss, vsd_loss
 from megagen.methods import few_step, scores
+from megagen.methods.adversarial import Adversary, RealDraw
 from megagen.methods.base import RunFacts, StepResult, TrainingMethod, mean_metrics
 from megagen.methods.dmd2_options import DMD2Options
 from megagen.methods.few_step import RolloutDraw, noised, x0_of
@@ -43,11 +45,13 @@ class Draw:
         rollout: of the student; None where the other loss's samples are taken.
         timestep_B: of the scores.
         noise_BCTHW: of the scores' inputs.
+        real: data for the discriminator.
     """
 
     rollout: RolloutDraw | None
     timestep_B: Tensor
     noise_BCTHW: Tensor
+    real: RealDraw | None = None
 
 
 class DMD2Method(TrainingMethod):
@@ -76,6 +80,12 @@ class DMD2Method(TrainingMethod):
         self.unconditional = Unconditional(
             options.cfg_uncond, self.facts.unconditional, needed=is_guided
         )
+        self.adversary: Adversary | None = None
+        if options.has_discriminator:
+            base = self.facts.optimizer
+            assert base is not None, "a discriminator needs the run's optimizer settings"
+            settings = replace(base, total_steps=options.num_updates("critic", base.total_steps))
+            self.adversary = Adversary(options, roles, streams, settings)
 
     @classmethod
     def check(cls, options: DMD2Options, plugins: Mapping[str, ModelPlugin]) -> None:
@@ -85,8 +95,8 @@ class DMD2Method(TrainingMethod):
 
     @classmethod
     def needs_latents(cls, options: DMD2Options) -> bool:
-        """Only where the student starts from data."""
-        return options.starts_from_data
+        """Where the student starts from data, or is compared with them."""
+        return options.starts_from_data or options.has_discriminator
 
     @classmethod
     def num_updates(cls, options: DMD2Options, role: str, num_steps: int) -> int:
@@ -97,6 +107,11 @@ class DMD2Method(TrainingMethod):
     def optimizer_options(cls, options: DMD2Options, role: str) -> dict[str, Any]:
         """``fake_score_*`` are the critic's."""
         return options.critic_optimizer() if role == "critic" else {}
+
+    @property
+    def heads(self) -> Mapping[str, Head]:
+        """The discriminator's."""
+        return {"discriminator": self.adversary.head} if self.adversary else {}
 
     # -- the algorithm -----------------------------------------------------------------------------
     def train_step(self, batches: Sequence[Batch], step: int) -> StepResult:
@@ -121,26 +136,49 @@ class DMD2Method(TrainingMethod):
 
     def draw(self, batch: Batch, step: int, loss: str, with_rollout: bool) -> Draw:
         """Every random number of ``loss`` for one micro-batch."""
-        latents: Any = batch.latent_shape
-        if self.options.starts_from_data:
-            latents = self.student.plugin.normalize(batch.clean_latents().float())
-        positions, streams = batch.positions, self.streams
         rollout = None
         if with_rollout:
+            start = self.data(batch) if self.options.starts_from_data else batch.latent_shape
             rollout = self.rollout.draw(
-                streams, f"{loss}/rollout", step, positions, batch.condition, latents
+                self.streams, f"{loss}/rollout", step, batch.positions, batch.condition, start
             )
+        timestep_B, noise = self.draw_scores(batch, step, loss)
+        drawn = Draw(rollout, timestep_B, noise)
+        if self.adversary is None or loss == "student":
+            return drawn
+        return replace(drawn, real=self.draw_real(batch, step, drawn))
+
+    def draw_scores(self, batch: Batch, step: int, purpose: str) -> tuple[Tensor, Tensor]:
+        """Score timesteps ``[B]`` and noise ``[B, C, T, H, W]``."""
+        streams, positions = self.streams, batch.positions
         timestep_B = scores.score_timestep(
             streams,
-            f"{loss}/score_timestep",
+            f"{purpose}/score_timestep",
             step,
             positions,
             self.options,
             shift=self.shift,
             served=self.served,
         )
-        noise = streams.normal(f"{loss}/score_noise", step, positions, batch.latent_shape)
-        return Draw(rollout, timestep_B, noise.to(process.device()))
+        noise = streams.normal(f"{purpose}/score_noise", step, positions, batch.latent_shape)
+        return timestep_B, noise.to(process.device())
+
+    def draw_real(self, batch: Batch, step: int, fake: Draw) -> RealDraw:
+        """Data for the discriminator, noised as the samples are or by draws of their own."""
+        o, noised_as = self.options, (fake.timestep_B, fake.noise_BCTHW)
+        if not o.gan_use_same_t_noise:
+            noised_as = self.draw_scores(batch, step, "real")
+        r1 = None
+        if o.gan_r1_reg_weight > 0:
+            shape = batch.latent_shape
+            r1 = self.streams.normal("real/r1_noise", step, batch.positions, shape)
+            r1 = r1.to(process.device())
+        return RealDraw(self.data(batch), *noised_as, r1)
+
+    def data(self, batch: Batch) -> Tensor:
+        """The micro-batch's clean latents, normalised."""
+        latents = self.student.plugin.normalize(batch.clean_latents().float())
+        return latents.to(process.device())
 
     def generate(self, draws: Sequence[Draw]) -> list[Tensor]:
         """The student's samples x0, without gradient."""
@@ -171,19 +209,31 @@ class DMD2Method(TrainingMethod):
         critic, teacher = self.roles["critic"], self.roles["teacher"]
         fake = scores.guided_x0(critic, noisy, self.fake_guidance, self.unconditional)
         real = scores.guided_x0(teacher, noisy, self.real_guidance, self.unconditional)
-        return [{"fake": f, "real": r} for f, r in zip(fake, real, strict=True)]
+        targets = [{"fake": f, "real": r} for f, r in zip(fake, real, strict=True)]
+        if self.adversary is not None:
+            gradients, losses = self.adversary.sample_gradient(noisy)
+            for target, gradient, loss in zip(targets, gradients, losses, strict=True):
+                target |= {"gradient": gradient, "gan_gen": loss}
+        return targets
 
     def student_loss(
         self, velocity: Tensor, request: Request, target: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Half the mean square of g, with g / n as the gradient of x0; DMD, arXiv 2311.18828."""
+        """Half the mean square of g, with g / n as the gradient of x0; DMD, arXiv 2311.18828.
+
+        The adversarial term enters by its gradient; its value is reported beside.
+        """
         x0, real, fake = (
             scores.last_frames(tensor, self.options.gradient_frames)
             for tensor in (x0_of(velocity, request), target["real"], target["fake"])
         )
         per_sample = self.options.vsd_normalizer == "sample"
         loss = vsd_loss(x0, real, fake, normalizer="sample" if per_sample else "global", fp32=True)
-        return {"loss": loss, "generator": loss}
+        terms = {"loss": loss, "generator": loss}
+        if "gradient" in target:
+            gradient = scores.last_frames(target["gradient"], self.options.gradient_frames)
+            terms |= {"loss": loss + (x0 * gradient).sum(), "gan_gen": target["gan_gen"]}
+        return terms
 
     def critic_pass(
         self, samples: Sequence[Tensor], draws: Sequence[Draw], batches: Sequence[Batch]
@@ -196,7 +246,12 @@ class DMD2Method(TrainingMethod):
             requests.append(noised(x0, eps, draw.timestep_B, batch.condition, target))
         critic = self.roles["critic"]
         critic.zero_grad()
-        return critic.forward_backward(requests, self.critic_loss)
+        losses = critic.forward_backward(requests, self.critic_loss)
+        if self.adversary is not None:
+            reals = [draw.real for draw in draws if draw.real is not None]
+            judged = self.adversary.learn(requests, reals)
+            losses = [{**own, **more} for own, more in zip(losses, judged, strict=True)]
+        return losses
 
     def critic_loss(self, velocity: Tensor, request: Request) -> dict[str, Tensor]:
         """Denoising score matching of the student's samples, fp32."""
@@ -218,12 +273,19 @@ class DMD2Method(TrainingMethod):
     ) -> StepResult:
         """Step the roles that have gradients; the student's average moves with the student."""
         metrics.pop("loss/loss", None)
-        metrics["loss/total"] = sum(v for k, v in metrics.items() if k.startswith("loss/"))
+        o = self.options
+        weights = {"loss/gan_gen": o.gan_loss_weight_gen, "loss/r1": o.gan_r1_reg_weight}
+        metrics["loss/total"] = sum(
+            weights.get(k, 1.0) * v for k, v in metrics.items() if k.startswith("loss/")
+        )
+        movers: dict[str, Role | Head] = {}
+        if moves_critic:
+            movers |= {"critic": self.roles["critic"], **self.heads}
+        if moves_student:
+            movers["student"] = self.student
         skipped = []
-        for name, moves in (("critic", moves_critic), ("student", moves_student)):
-            if not moves:
-                continue
-            info = self.roles[name].step()
+        for name, mover in movers.items():
+            info = mover.step()
             metrics |= {f"grad_norm/{name}": info.grad_norm, f"lr/{name}": info.learning_rate}
             skipped += [name] if info.skipped else []
         return StepResult(metrics, skipped=tuple(skipped))

@@ -14,12 +14,13 @@ from megagen.core.errors import ConfigError
 from megagen.core.options import Betas
 from megagen.engine.settings import LRScheduler
 from megagen.fastgen.guidance import Guidance
+from megagen.methods.adversarial import GANOptions
 from megagen.methods.few_step import Rollout, SampleType, Share, check_in_range, step_list
 from megagen.methods.scores import ScoreTimeOptions, Space, UncondOptions, score_range
 from megagen.models.base import ModelPlugin
 
 
-class DMD2Options(ScoreTimeOptions):
+class DMD2Options(ScoreTimeOptions, GANOptions):
     """Options of ``DMD2Method``.
 
     Attributes:
@@ -126,6 +127,7 @@ class DMD2Options(ScoreTimeOptions):
 
     def check(self, plugins: Mapping[str, ModelPlugin]) -> None:
         """Raise ``ConfigError`` where steps and scores are not what the networks serve."""
+        self.check_gan(plugins)
         score_range(self, plugins)
         student = plugins["student"]
         check_in_range(

@@ -199,12 +199,17 @@ def in_space(space: Space, velocity: Tensor, request: Request) -> Tensor:
     """
     if space == "flow":
         return velocity
-    sigma = expand_like(sigma_of(request), velocity).to(velocity)
+    sigma = broadcast(sigma_of(request), velocity)
     x_t = request.latents_BCTHW.to(velocity)
     x0, eps = x_t - sigma * velocity, x_t + (1 - sigma) * velocity
     if space == "v":
         return (1 - sigma) * eps - sigma * x0
     return x0 if space == "x0" else eps
+
+
+def broadcast(sigma: Tensor, like: Tensor) -> Tensor:
+    """``sigma_of`` a request, ready for arithmetic with ``like``, in its dtype and place."""
+    return expand_like(sigma, like).to(like)
 
 
 def last_frames(tensor: Tensor, count: int | None) -> Tensor:

@@ -11,12 +11,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megagen.core.options import parse_options
 from megagen.core.streams import Streams
 from megagen.data.batch import Batch
+from megagen.engine.optimizer import has_weight_decay
 from megagen.engine.role import Role
+from megagen.fastgen.video_discriminators import Discriminator_VideoDiT
 from megagen.methods.base import RunFacts
 from megagen.methods.dmd2 import DMD2Method
 from megagen.parallel.dims import ParallelDims
@@ -29,6 +32,9 @@ SHIFT = 3.0
 ROLES = ("student", "teacher", "critic")
 ADAMW = replace(cases.ADAMW, max_grad_norm=0.0, use_distributed_optimizer=False)
 CRITIC = replace(ADAMW, learning_rate=3e-3, betas=(0.5, 0.9))
+HEADS = replace(ADAMW, learning_rate=2e-3)
+GRID = (3, 1, 5)
+"""Tokens of ``cases.SIZE``."""
 LATENTS = (3, *cases.SIZE)
 
 
@@ -58,7 +64,7 @@ def batches(step: int, *, text_only: bool = False) -> list[Batch]:
 def facts() -> RunFacts:
     """A negative prompt of 4 tokens, to be padded to the samples' 5."""
     negative = torch.randn(4, 6, generator=torch.Generator().manual_seed(9))
-    return RunFacts(unconditional={"negative": negative})
+    return RunFacts(unconditional={"negative": negative}, optimizer=HEADS)
 
 
 # -- megagen, run in ranks -----------------------------------------------------------------------
@@ -134,6 +140,9 @@ class Reference:
             "share_rollout": True,
             "min_timestep_ratio": 0.0,
             "max_timestep_ratio": 1.0,
+            "gan_loss_weight_gen": 0.0,
+            "gan_r1_reg_weight": 0.0,
+            "gan_r1_at": "clean",
             **options,
         }
         steps = [float(t) for t in self.o["dmd_denoising_steps"]]
@@ -143,6 +152,27 @@ class Reference:
         simulates = self.o["rollout_mode"] == "simulate"
         self.share = self.o.get("student_step_per") or ("step" if simulates else "sample")
         self.streams = Streams(SEED)
+        if self.o["gan_loss_weight_gen"]:
+            self._make_heads()
+
+    def _make_heads(self) -> None:
+        own = self.o["discriminator"]
+        self.source: cases.PlainModel = getattr(self, own.get("feature_source", "teacher"))
+        self.blocks = sorted(own["feature_indices"])
+        generator = self.streams.generator("discriminator")
+        options = {"head": own["head"], "width": own["width"], "generator": generator}
+        hidden = cases.ARCH["num_attention_heads"] * cases.ARCH["attention_head_dim"]
+        heads = Discriminator_VideoDiT(self.blocks, cases.ARCH["num_layers"], hidden, **options)
+        self.heads = heads.double()
+        named = list(self.heads.named_parameters())
+        groups = [
+            {"params": [p for n, p in named if has_weight_decay(p, n) == decays]}
+            | {"weight_decay": HEADS.weight_decay * decays}
+            for decays in (True, False)
+        ]
+        self.head_optimizer = torch.optim.AdamW(
+            groups, lr=HEADS.learning_rate, betas=HEADS.betas, eps=HEADS.eps
+        )
 
     # -- random numbers --------------------------------------------------------------------------
     def normal(self, purpose: str, step: int, batch: Batch) -> Tensor:
@@ -198,6 +228,19 @@ class Reference:
         uncond = self.x0(net, x, t, negative)
         return uncond + scale * (cond - uncond)
 
+    def logits(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """Of the discriminator, with everything differentiable."""
+        taken: list[Tensor] = []
+
+        def take(module: Any, inputs: Any, tokens_BND: Tensor) -> None:
+            taken.append(tokens_BND.transpose(1, 2).unflatten(2, GRID))
+
+        hooks = [self.source.model.blocks[b].register_forward_hook(take) for b in self.blocks]
+        self.velocity(self.source, x, t, text)
+        for hook in hooks:
+            hook.remove()
+        return self.heads(taken)
+
     # -- the algorithm ---------------------------------------------------------------------------
     def student_input(self, loss: str, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
         """(x_t, t) at the timestep that each sample is trained at."""
@@ -227,8 +270,8 @@ class Reference:
         )
         return (1 - wide(t)) * x0 + wide(t) * eps, t, eps
 
-    def student_loss(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss of one micro-batch, and its samples."""
+    def student_loss(self, step: int, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What is differentiated for one micro-batch, its samples, and the losses' values."""
         text = batch.condition["text_embeds_BLD"]
         with torch.no_grad():
             x, t = self.student_input("student", step, batch)
@@ -244,7 +287,32 @@ class Reference:
         distance = (x0_w.detach() - real).abs().mean(axes, keepdim=True)
         g = (fake - real) / (distance + 1e-6)
         target = (x0_w - g).detach()
-        return 0.5 * (x0_w - target).square().mean(), x0.detach()
+        terms = {"generator": 0.5 * (x0_w - target).square().mean()}
+        total = terms["generator"]
+        if self.o["gan_loss_weight_gen"]:
+            leaf = x0.detach().requires_grad_()
+            x_t, s, _ = self.renoised("student", step, batch, leaf)
+            terms["gan_gen"] = F.softplus(-self.logits(x_t, s, text)).mean()
+            (gradient,) = torch.autograd.grad(terms["gan_gen"], leaf)
+            total = total + self.o["gan_loss_weight_gen"] * (x0 * gradient).sum()
+        return total, x0.detach(), terms
+
+    def discriminator_loss(self, step: int, batch: Batch, x0: Tensor) -> dict[str, Tensor]:
+        """Its terms; features are constants of it."""
+        text = batch.condition["text_embeds_BLD"]
+        assert batch.latents_BCTHW is not None
+        real = batch.latents_BCTHW.double()
+        like = "critic" if self.o.get("gan_use_same_t_noise") else "real"
+        x_t, t, _ = self.renoised("critic", step, batch, x0)
+        y_t, t_real, _ = self.renoised(like, step, batch, real)
+        real_logits, fake_logits = self.logits(y_t, t_real, text), self.logits(x_t, t, text)
+        disc = F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
+        terms = {"gan_disc": disc}
+        if self.o["gan_r1_reg_weight"]:
+            base = real if self.o["gan_r1_at"] == "clean" else y_t
+            moved = base + self.o["gan_r1_reg_alpha"] * self.normal("real/r1_noise", step, batch)
+            terms["r1"] = (real_logits - self.logits(moved, t_real, text)).square().mean()
+        return terms
 
     def critic_loss(self, step: int, batch: Batch, x0: Tensor) -> Tensor:
         x_t, t, eps = self.renoised("critic", step, batch, x0)
@@ -264,9 +332,10 @@ class Reference:
             for batch in batches(step):
                 x0 = None
                 if moves_student:
-                    loss, x0 = self.student_loss(step, batch)
+                    loss, x0, terms = self.student_loss(step, batch)
                     (loss / NUM_BATCHES).backward()
-                    add(found, "loss/generator", loss.item() / NUM_BATCHES)
+                    for name, value in terms.items():
+                        add(found, f"loss/{name}", value.item() / NUM_BATCHES)
                 if not moves_critic:
                     continue
                 if x0 is None or not self.o["share_rollout"]:
@@ -277,13 +346,38 @@ class Reference:
                 loss = self.critic_loss(step, batch, x0)
                 (loss / NUM_BATCHES).backward()
                 add(found, "loss/fake_score", loss.item() / NUM_BATCHES)
-        found["loss/total"] = sum(v for k, v in found.items() if k.startswith("loss/"))
+                if self.o["gan_loss_weight_gen"]:
+                    self.judge(found, step, batch, x0)
+        weights = {"gan_gen": self.o["gan_loss_weight_gen"], "r1": self.o["gan_r1_reg_weight"]}
+        found["loss/total"] = sum(weights.get(k[5:], 1.0) * v for k, v in found.items())
+        if "loss/gan_disc" in found:
+            self.move_heads(found)
         for name, moves in (("student", moves_student), ("critic", moves_critic)):
             net: cases.PlainModel = getattr(self, name)
             if moves:
                 found[name] = {n: g.clone() for n, g in net.gradients().items()}
                 found[f"grad_norm/{name}"] = net.step()
         return found
+
+    def judge(self, found: dict[str, Any], step: int, batch: Batch, x0: Tensor) -> None:
+        """Add a micro-batch to the gradients of the heads alone."""
+        terms = self.discriminator_loss(step, batch, x0)
+        loss = terms["gan_disc"] + self.o["gan_r1_reg_weight"] * terms.get("r1", 0.0)
+        parameters = list(self.heads.parameters())
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(loss / NUM_BATCHES, parameters), strict=True
+        ):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        for name, value in terms.items():
+            add(found, f"loss/{name}", value.item() / NUM_BATCHES)
+
+    def move_heads(self, found: dict[str, Any]) -> None:
+        named = dict(self.heads.named_parameters())
+        found["discriminator"] = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
+        norms = [g.norm() for g in found["discriminator"].values()]
+        found["grad_norm/discriminator"] = float(torch.stack(norms).norm())
+        self.head_optimizer.step()
+        self.head_optimizer.zero_grad()
 
 
 def wide(t: Tensor) -> Tensor:

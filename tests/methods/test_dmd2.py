@@ -76,9 +76,31 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "critic_on_student_steps": False,
         "real_score_guidance_scale": 1.0,
     },
+    "gan_on_the_teacher": {
+        **DATA,
+        "gan_loss_weight_gen": 0.7,
+        "gan_r1_reg_weight": 3.0,
+        "gan_r1_reg_alpha": 0.3,
+        "discriminator": {"feature_indices": [1, 3], "head": "branches", "width": 8},
+    },
+    "gan_on_the_critic": {
+        **SIMULATE,
+        "gan_loss_weight_gen": 0.4,
+        "gan_r1_reg_weight": 2.0,
+        "gan_r1_reg_alpha": 0.5,
+        "gan_r1_at": "noised",
+        "gan_use_same_t_noise": True,
+        "discriminator": {
+            "feature_source": "critic",
+            "feature_indices": [2, 0],
+            "head": "attention",
+            "width": 8,
+        },
+    },
 }
-METRICS = ("loss/generator", "loss/fake_score", "loss/total")
-METRICS += ("grad_norm/student", "grad_norm/critic")
+TRAINED = ("student", "critic", "discriminator")
+TERMS = ("generator", "gan_gen", "fake_score", "gan_disc", "r1", "total")
+METRICS = (*(f"loss/{t}" for t in TERMS), *(f"grad_norm/{r}" for r in TRAINED))
 
 
 @functools.cache
@@ -106,13 +128,17 @@ def run(
     method = dmd2.make_method(given, data, layouts, options, schedule)
     mesh, found = Mesh.build(data), []
     for step in range(num_steps):
-        kind = {"text_only": options["rollout_mode"] == "simulate"}
+        is_gan = "gan_loss_weight_gen" in options
+        kind = {"text_only": options["rollout_mode"] == "simulate" and not is_gan}
         result = method.train_step(dmd2.own_batches(step, mesh, **kind), step)
         assert not result.skipped
         metrics: dict[str, Any] = {k: average(v) for k, v in result.metrics.items()}
         for name in ("student", "critic"):
             if f"grad_norm/{name}" in metrics:
                 metrics[name] = dmd2.gradients_of(method.roles[name])
+        for name, head in method.heads.items():
+            named = head.module.named_parameters()
+            metrics[name] = {n: p.grad.clone() for n, p in named if p.grad is not None}
         found.append(metrics)
     return found
 
@@ -129,7 +155,7 @@ def check(ranks: list[list[dict[str, Any]]], reference: list[dict[str, Any]]) ->
         for found in (rank[step] for rank in ranks):
             assert {m for m in METRICS if m in found} == {m for m in METRICS if m in wanted}
             cases.close([found[m] for m in METRICS if m in found], curve(wanted))
-    for name in ("student", "critic"):
+    for name in [n for n in TRAINED if any(n in wanted for wanted in reference)]:
         first = next(i for i, wanted in enumerate(reference) if name in wanted)
         gradients = cases.merge([rank[first][name] for rank in ranks])
         assert worst_of_norm(gradients, reference[first][name]) < 1e-5
@@ -145,6 +171,15 @@ def worst_of_norm(found: cases.Weights, wanted: cases.Weights) -> float:
     norm = sum(float(g.double().square().sum()) for g in wanted.values()) ** 0.5
     error: Tensor = torch.stack([(found[n].double() - wanted[n]).norm() for n in wanted])
     return float(error.max()) / norm
+
+
+@pytest.mark.parametrize("layout", ["pp2", "dp2", "three_layouts"])
+@pytest.mark.parametrize("variant", ["gan_on_the_teacher", "gan_on_the_critic"])
+def test_a_discriminator_under_layouts(variant: str, layout: str) -> None:
+    num_ranks, data, *layouts = LAYOUTS[layout]
+    schedule = "hold" if variant == "gan_on_the_critic" else "replay"
+    found = run_ranks(num_ranks, run, weights(), data, layouts, VARIANTS[variant], schedule, 4)
+    check(found, expected(variant, 4))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
