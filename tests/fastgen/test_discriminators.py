@@ -275,7 +275,7 @@ def test_the_order_of_frames_counts() -> None:
         discriminator = video(head)
         inputs = features(2, 2, 20, 4, 3, 3)
         moved = [feature[:, :, [2, 0, 3, 1]] for feature in inputs]
-        change = (discriminator(inputs) - discriminator(moved)).abs()
+        change = (discriminator(inputs) - discriminator(moved)).abs().detach()
         if head == "branches":  # the first of its two logits judges frames one by one
             assert float(change[:, ::2].max()) < 1e-9
             change = change[:, 1::2]
