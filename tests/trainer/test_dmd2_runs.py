@@ -90,9 +90,11 @@ def run(
     text_only: bool,
     steps: int = STEPS,
     save_every: int = 0,
+    **method: Any,
 ) -> list[dict[str, float]]:
     ranks, layouts = layout
     tree = tree_of(data, output, layouts, text_only=text_only)
+    tree["method"] |= method
     tree["training"]["checkpoint"]["training_state_checkpointing_steps"] = save_every
     tree["training"]["loop"]["max_train_steps"] = steps
     file = write_config(output.parent / f"{output.name}.yaml", tree)
@@ -176,6 +178,27 @@ def test_with_latents(data: Path, tmp_path: Path) -> None:
     assert curve(found) == pytest.approx(curve(expected), rel=1e-5)
 
 
+def test_a_discriminator_is_resumed(data: Path, tmp_path: Path) -> None:
+    """With the samples' start simulated, under three layouts; the heads are read under one."""
+    options: dict[str, Any] = {
+        "rollout_mode": "simulate",
+        "gan_loss_weight_gen": 0.5,
+        "gan_r1_reg_weight": 1.0,
+        "discriminator": {"width": 8, "learning_rate": 5e-3},
+    }
+    whole = run(data, tmp_path / "whole", THREE_LAYOUTS, text_only=False, steps=4, **options)
+    for ranks, layout, exact in (("same", THREE_LAYOUTS, True), ("one", ONE_LAYOUT, False)):
+        output = tmp_path / ranks
+        run(data, output, THREE_LAYOUTS, text_only=False, steps=2, **options)
+        found = run(data, output, layout, text_only=False, steps=4, **options)
+        keys = ("loss/gan_disc", "loss/gan_gen", "loss/r1", "grad_norm/discriminator")
+        ours, expected = (
+            [*curve(metrics), *(m[k] for m in metrics for k in keys if k in m)]
+            for metrics in (found, whole)
+        )
+        assert ours == (expected if exact else pytest.approx(expected, rel=1e-5))
+
+
 def test_what_contradicts_itself_is_refused(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,6 +214,7 @@ def test_what_contradicts_itself_is_refused(
     refused("teacher.trainable: is true", models__teacher__trainable=True)
     refused("is text_only", method__rollout_mode="data_latent")
     refused("Give it in one place", models__critic__optimizer__learning_rate=1e-3)
+    refused("no discriminator", method__gan_r1_reg_weight=1.0)
     refused("no embedding", method__cfg_uncond__text="empty")
     with pytest.raises(ConfigError, match="needs latent_shape"):
         tree = tree_of(data, tmp_path / "run", {}, text_only=True)
