@@ -48,12 +48,13 @@ def _build_plugin(config: RunConfig, name: str) -> ModelPlugin:
     shift = role.flow_shift if role.flow_shift is not None else config.pipeline.flow_shift
     if shift is not None:
         given["flow_shift"] = shift
+    cls = resolve(role.target, MODELS, where=f"{where}._target_")
     checkpoint = _checkpoint_of(given)
     if checkpoint is not None:
         stored = read_trainer(checkpoint, hashes=False).models["student"]
-        kept = {k: v for k, v in stored.items() if k != "_target_"}
+        # a bidirectional network may begin with the weights of a causal one
+        kept = {k: v for k, v in stored.items() if k in cls.Options.model_fields}
         given = {**kept, **{k: v for k, v in given.items() if k != "init_from"}}
-    cls = resolve(role.target, MODELS, where=f"{where}._target_")
     options = parse_options(cls.Options, given, where)
     return cast(ModelPlugin, cls(options, where=where))
 
