@@ -25,7 +25,7 @@ from megagen.engine.settings import EMASettings, OptimizerSettings, RoleSettings
 from megagen.methods import METHODS
 from megagen.methods.base import RunFacts, TrainingMethod
 from megagen.models import MODELS
-from megagen.models.base import ModelPlugin, WeightStore
+from megagen.models.base import ModelPlugin, Passes, WeightStore
 from megagen.parallel.mesh import Mesh
 from megagen.trainer import Run, agree_on_main
 
@@ -78,6 +78,12 @@ def method_class(config: RunConfig) -> type[TrainingMethod]:
     )
     cls.check_roles(tuple(config.models))
     return cls
+
+
+def passes(config: RunConfig) -> dict[str, Passes]:
+    """What a step of the config's method asks of each role."""
+    cls = method_class(config)
+    return cls.passes(parse_options(cls.Options, config.method.own_options(), "method"))
 
 
 def check(config: RunConfig, plugins: Mapping[str, ModelPlugin], world_size: int) -> None:

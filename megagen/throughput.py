@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -27,18 +27,18 @@ PEAK_BF16_TFLOPS = {
 class Throughput:
     """Measures one step after the other.
 
-    FLOPs are three forward passes of the student over the step's samples (forward and backward),
-    the usual model-FLOPs count: recomputation and other roles' passes do not raise it.
+    FLOPs are the usual model-FLOPs count over the step's samples: a training pass is three forward
+    passes, two where the weights themselves have no gradients (LoRA). Recomputation does not raise
+    it. Where roles are not asked alike in every step, the average over steps counts.
 
     Args:
-        plugin: the student's model.
+        work: of each role its model and the forward passes that a step amounts to; tokens are
+            those of the first.
         device: this rank's device.
-        num_passes: forward passes that a step's work amounts to; 2 where the weights themselves
-            have no gradients (LoRA).
     """
 
-    def __init__(self, plugin: ModelPlugin, device: torch.device, num_passes: int = 3) -> None:
-        self._plugin, self._device, self._num_passes = plugin, device, num_passes
+    def __init__(self, work: Mapping[str, tuple[ModelPlugin, float]], device: torch.device) -> None:
+        self._work, self._device = list(work.values()), device
         self._start = 0.0
         self._tokens, self._flops = 0, 0.0
         self._peak = _peak_tflops(device)
@@ -50,8 +50,9 @@ class Throughput:
             text = batch.condition.get("text_embeds_BLD")
             text_len = text.shape[1] if text is not None else 0
             count, shape = len(batch.positions), batch.latent_shape
-            self._tokens += count * self._plugin.num_tokens(shape)
-            self._flops += self._num_passes * count * self._plugin.flops(shape, text_len)
+            self._tokens += count * self._work[0][0].num_tokens(shape)
+            for plugin, passes in self._work:
+                self._flops += passes * count * plugin.flops(shape, text_len)
         self._start = time.perf_counter()
 
     def stop(self, num_data_ranks: int) -> dict[str, float]:

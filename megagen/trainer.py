@@ -27,6 +27,7 @@ from megagen.core.streams import Streams
 from megagen.data.batch import Batch
 from megagen.engine.role import Role
 from megagen.methods.base import StepResult, TrainingMethod
+from megagen.models.base import ModelPlugin, Passes
 from megagen.parallel.mesh import Mesh
 from megagen.throughput import Throughput
 from megagen.tracking.tracker import Trackers
@@ -106,9 +107,7 @@ class Trainer:
         if process.is_main():
             self._write_run_yaml()
             self.trackers = self._make_trackers(self.step)
-        student = self.run_parts.roles["student"]
-        num_passes = 3 if student.settings.lora is None else 2
-        throughput = Throughput(student.plugin, process.device(), num_passes)
+        throughput = Throughput(self._work(), process.device())
         for callback in self.run_parts.callbacks.values():
             callback.on_train_start(self)
         stopped = False
@@ -126,6 +125,22 @@ class Trainer:
                 callback.on_training_step_end(self, metrics)
             self._save_if_due(stopped)
         self._finish(stopped)
+
+    def _work(self) -> dict[str, tuple[ModelPlugin, float]]:
+        """Of each role, the student first: its model, and the forward passes a step amounts to."""
+        parts = self.run_parts
+        options = parts.method.options
+        asked = parts.method.passes(options)
+        names = ["student", *(name for name in parts.roles if name != "student")]
+        return {
+            name: (
+                parts.roles[name].plugin,
+                asked.get(name, Passes()).in_forwards(
+                    is_adapted=parts.roles[name].settings.lora is not None
+                ),
+            )
+            for name in names
+        }
 
     def _reduce(self, result: StepResult) -> tuple[dict[str, float], bool]:
         """Average losses over data ranks; agree whether anybody was asked to stop."""

@@ -24,7 +24,7 @@ from megagen.data.batch import Batch
 from megagen.engine.head import Head
 from megagen.engine.role import Role
 from megagen.engine.settings import OptimizerSettings
-from megagen.models.base import ModelPlugin
+from megagen.models.base import ModelPlugin, Passes
 
 
 @dataclass
@@ -70,6 +70,7 @@ class TrainingMethod(ABC):
     """
 
     Options: ClassVar[type[StrictOptions]]
+    options: Any
     required_roles: ClassVar[tuple[str, ...]] = ("student",)
     trained_roles: ClassVar[tuple[str, ...]] = ("student",)
 
@@ -81,7 +82,8 @@ class TrainingMethod(ABC):
         facts: RunFacts | None = None,
     ) -> None:
         self.check_roles(tuple(roles))
-        self.roles, self.streams, self.facts = roles, streams, facts or RunFacts()
+        self.roles, self.options, self.streams = roles, options, streams
+        self.facts = facts or RunFacts()
 
     @classmethod
     def check_roles(cls, names: Sequence[str]) -> None:
@@ -115,6 +117,11 @@ class TrainingMethod(ABC):
     def optimizer_options(cls, options: Any, role: str) -> dict[str, Any]:
         """Keys of ``training.optimizer`` that the method's own options set for ``role``."""
         return {}
+
+    @classmethod
+    def passes(cls, options: Any) -> dict[str, Passes]:
+        """What a step asks of each role: for plans and measured FLOP/s."""
+        return {name: Passes(training=1.0) for name in cls.trained_roles}
 
     @abstractmethod
     def train_step(self, batches: Sequence[Batch], step: int) -> StepResult:

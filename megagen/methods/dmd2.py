@@ -32,7 +32,7 @@ from megagen.methods.base import RunFacts, StepResult, TrainingMethod, mean_metr
 from megagen.methods.dmd2_options import DMD2Options
 from megagen.methods.few_step import RolloutDraw, noised, x0_of
 from megagen.methods.scores import Unconditional
-from megagen.models.base import ModelPlugin, Request
+from megagen.models.base import ModelPlugin, Passes, Request
 
 log = get_logger(__name__)
 
@@ -69,7 +69,7 @@ class DMD2Method(TrainingMethod):
         facts: RunFacts | None = None,
     ) -> None:
         super().__init__(roles, options, streams, facts)
-        self.options = options
+        self.options: DMD2Options = options
         plugins = {name: role.plugin for name, role in roles.items()}
         self.served = scores.score_range(options, plugins)
         self.shift = plugins["student"].flow_shift
@@ -102,6 +102,11 @@ class DMD2Method(TrainingMethod):
     def num_updates(cls, options: DMD2Options, role: str, num_steps: int) -> int:
         """The student's are rarer."""
         return options.num_updates(role, num_steps)
+
+    @classmethod
+    def passes(cls, options: DMD2Options) -> dict[str, Passes]:
+        """A rollout has several forward passes of the student; guidance doubles the teacher's."""
+        return options.passes()
 
     @classmethod
     def optimizer_options(cls, options: DMD2Options, role: str) -> dict[str, Any]:

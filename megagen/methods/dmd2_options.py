@@ -17,7 +17,7 @@ from megagen.fastgen.guidance import Guidance
 from megagen.methods.adversarial import GANOptions
 from megagen.methods.few_step import Rollout, SampleType, Share, check_in_range, step_list
 from megagen.methods.scores import ScoreTimeOptions, Space, UncondOptions, score_range
-from megagen.models.base import ModelPlugin
+from megagen.models.base import ModelPlugin, Passes
 
 
 class DMD2Options(ScoreTimeOptions, GANOptions):
@@ -92,8 +92,12 @@ class DMD2Options(ScoreTimeOptions, GANOptions):
             warp=self.warp_denoising_step,
             shift=shift,
         )
-        share = self.student_step_per or ("sample" if self.starts_from_data else "step")
-        return Rollout(timesteps, self.student_sample_type, share)
+        return Rollout(timesteps, self.student_sample_type, self.share)
+
+    @property
+    def share(self) -> Share:
+        """What one choice of the trained timestep is for."""
+        return self.student_step_per or ("sample" if self.starts_from_data else "step")
 
     @property
     def real_guidance(self) -> Guidance:
@@ -124,6 +128,31 @@ class DMD2Options(ScoreTimeOptions, GANOptions):
         if role == "student":
             return max(1, of_student)
         return num_steps if self.critic_on_student_steps else max(1, num_steps - of_student)
+
+    def passes(self) -> dict[str, Passes]:
+        """Per sample and step, on average; a replayed forward counts as recomputation."""
+        of_student = 1 / self.generator_update_interval
+        of_critic = 1.0 if self.critic_on_student_steps else 1 - of_student
+        is_shared = self.share_rollout and self.critic_on_student_steps
+        own_rollouts = of_critic - (of_student if is_shared else 0.0)
+        steps = self.dmd_denoising_steps or (self.t_list or [0.0])[:-1]
+        down = 0.0 if self.starts_from_data else len(steps) - 1.0
+        down /= 2 if self.share == "step" else 1
+        guided = (
+            1 + (self.real_score_guidance_scale != 1),
+            1 + (self.fake_score_guidance_scale != 1),
+        )
+        found = {
+            "student": Passes(down * (of_student + own_rollouts) + own_rollouts, of_student),
+            "teacher": Passes(guided[0] * of_student),
+            "critic": Passes(guided[1] * of_student, of_critic),
+        }
+        if self.has_discriminator:
+            name = self.discriminator.feature_source
+            judged = (2 + (self.gan_r1_reg_weight > 0)) * of_critic
+            forward, training = found[name]
+            found[name] = Passes(forward + judged + 2 * of_student, training)
+        return found
 
     def check(self, plugins: Mapping[str, ModelPlugin]) -> None:
         """Raise ``ConfigError`` where steps and scores are not what the networks serve."""

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,17 @@ class BlockTap(Protocol):
 
     def is_over(self, block: int) -> bool:
         """Whether ``block`` and all behind it need not run; the head counts as a block."""
+
+
+class Passes(NamedTuple):
+    """Passes of each sample through a network in a step, on average over steps."""
+
+    forward: float = 0.0
+    training: float = 0.0
+
+    def in_forwards(self, *, is_adapted: bool) -> float:
+        """The work in forward passes: a training pass is three, two where the base is frozen."""
+        return self.forward + (2 if is_adapted else 3) * self.training
 
 
 class Network(Protocol):

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megagen.models.base import ModelPlugin
+from megagen.models.base import ModelPlugin, Passes
 from megagen.parallel.dims import ParallelDims
 
 GB = 1e9
@@ -58,6 +58,7 @@ class Load:
         recompute: none, selective or full.
         distributed_optimizer: states sharded over data ranks.
         ema: whether an EMA is kept.
+        passes: of each sample in a step.
         adapters: parameters of LoRA, which alone are trained; None: the whole network is.
         borrows_base: the base weights are another role's.
     """
@@ -72,6 +73,7 @@ class Load:
     recompute: str
     distributed_optimizer: bool
     ema: bool
+    passes: Passes
     adapters: int | None = None
     borrows_base: bool = False
 
@@ -115,10 +117,7 @@ def _activation_numbers(plugin: ModelPlugin, load: Load) -> float:
 
 
 def step_flops(plugin: ModelPlugin, load: Load, text_len: int) -> float:
-    """FLOPs of one optimizer step of a trained role over the whole run.
-
-    3 x forward x samples; 2 x with LoRA, whose frozen base has no gradients of weights.
-    """
+    """FLOPs of one step of a role over the whole run."""
     samples = load.micro_batch_size * load.num_micro_batches * load.dims.dp_size(load.world_size)
-    passes = 3 if load.adapters is None else 2
+    passes = load.passes.in_forwards(is_adapted=load.adapters is not None)
     return passes * samples * plugin.flops(load.latent_shape, text_len)

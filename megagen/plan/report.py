@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from megagen.config.schema import RunConfig
 from megagen.models.adapters import AdapterSpec, num_parameters
-from megagen.models.base import ModelPlugin
+from megagen.models.base import ModelPlugin, Passes
 from megagen.plan.estimate import GB, Load, memory, step_flops
 
 
@@ -16,6 +16,7 @@ def describe(
     world_size: int,
     latent_shape: tuple[int, int, int, int] | None,
     text_len: int,
+    passes: Mapping[str, Passes],
 ) -> str:
     """The run's layout, batches, memory per rank, tokens and FLOPs, one line each.
 
@@ -25,6 +26,7 @@ def describe(
         world_size: ranks of the run.
         latent_shape: [C, T, H, W] of one sample; None where neither dataset nor config tells.
         text_len: text tokens of a sample.
+        passes: of each sample through the roles in a step.
     """
     micro, micros, dp = batch_layout(config, world_size)
     lines = [
@@ -37,7 +39,8 @@ def describe(
         lines.append(f"sample     latents {list(latent_shape)}, {text_len} text tokens")
     total = 0.0
     for name, plugin in plugins.items():
-        role_lines, used = _role(config, name, plugin, world_size, latent_shape, text_len)
+        asked = passes.get(name, Passes())
+        role_lines, used = _role(config, name, plugin, world_size, latent_shape, text_len, asked)
         lines += role_lines
         total += used
     if latent_shape is not None:
@@ -90,6 +93,7 @@ def _role(
     world_size: int,
     latent_shape: tuple[int, int, int, int] | None,
     text_len: int,
+    passes: Passes,
 ) -> tuple[list[str], float]:
     role = config.models[name]
     spec = AdapterSpec.of(config.role_lora(name))
@@ -117,6 +121,7 @@ def _role(
         ema=name == "student" and "ema" in config.callbacks,
         adapters=adapters,
         borrows_base=name in config.base_sharers()[1:],
+        passes=passes,
     )
     used = memory(plugin, load)
     lines.append(

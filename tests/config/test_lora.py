@@ -115,7 +115,7 @@ def test_another_architecture_cannot_share(tmp_path: Path) -> None:
 def test_the_plan_counts_what_is_trained_and_held(tmp_path: Path) -> None:
     config = load(tmp_path, three_roles())
     plugins = builder.build_plugins(config)
-    text = describe(config, plugins, 1, (4, 2, 6, 4), 5)
+    text = describe(config, plugins, 1, (4, 2, 6, 4), 5, {})
     # 4 blocks x 8 projections x rank 4 x (48 + 48)
     assert "trained by 0.012 M parameters of LoRA\n" in text
     assert "frozen, on the base weights of student\n" in text

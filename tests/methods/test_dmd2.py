@@ -182,6 +182,39 @@ def test_a_discriminator_under_layouts(variant: str, layout: str) -> None:
     check(found, expected(variant, 4))
 
 
+COUNTED = {"data": {}, "simulate_ode_per_sample": {}, "data_fastvideo": {}}
+COUNTED |= {"v_space_alternating": {"student_step_per": "sample"}}
+
+
+@pytest.mark.parametrize("variant", COUNTED)
+def test_passes_are_what_the_plan_says(variant: str) -> None:
+    options = VARIANTS[variant] | COUNTED[variant]
+    (found,) = run_ranks(1, count_passes, weights(), options)
+    planned = DMD2Method.passes(parse_options(DMD2Method.Options, options, ""))
+    assert found == {name: tuple(passes) for name, passes in planned.items()}
+
+
+def count_passes(given: list[cases.Weights], options: dict[str, Any]) -> dict[str, Any]:
+    """Passes of each sample, averaged over two steps; held, so that no forward is repeated."""
+    method = dmd2.make_method(given, SINGLE, [SINGLE] * 3, options, "hold")
+    counts = {name: [0.0, 0.0] for name in dmd2.ROLES}
+
+    def counted(name: str, kind: int, verb: Any) -> Any:
+        def call(requests: Any, *args: Any, **kwargs: Any) -> Any:
+            counts[name][kind] += len(requests) / dmd2.NUM_BATCHES / 2
+            return verb(requests, *args, **kwargs)
+
+        return call
+
+    for name, role in method.roles.items():
+        role.predict = counted(name, 0, role.predict)  # type: ignore[method-assign]
+        for verb in ("forward_backward", "forward_score_backward"):
+            setattr(role, verb, counted(name, 1, getattr(role, verb)))
+    for step in range(2):
+        method.train_step(dmd2.batches(step), step)
+    return {name: tuple(count) for name, count in counts.items()}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_and_gradients_from_the_formulas(variant: str) -> None:
     found = run_ranks(1, run, weights(), SINGLE, [SINGLE] * 3, VARIANTS[variant], "replay", 2)
