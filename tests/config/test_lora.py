@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from megagen import builder, lora
+from megagen.cli.main import main
 from megagen.config.load import load_run_config
 from megagen.config.schema import RunConfig
 from megagen.core.errors import ConfigError, MegagenError
 from megagen.plan.report import describe
 from tests.trainer.synthetic import config_tree, write_config
 
+RECIPES = Path(__file__).parents[2] / "configs" / "wan"
 SHARED: dict[str, Any] = {"rank": 4, "share_base": True}
 
 
@@ -120,3 +122,21 @@ def test_the_plan_counts_what_is_trained_and_held(tmp_path: Path) -> None:
     assert "trained by 0.012 M parameters of LoRA\n" in text
     assert "frozen, on the base weights of student\n" in text
     assert "trained by 0.012 M parameters of LoRA, on the base weights of student\n" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "roles", "said"),
+    [
+        ("sft_lora_t2v_1.3b", ["student"], "trained by 11.796 M parameters of LoRA"),
+        ("dmd2_lora_t2v_14b", ["student", "teacher", "critic"], "weights 0.00, gradients 0.00"),
+    ],
+)
+def test_recipes(name: str, roles: list[str], said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without the hub: the architecture is a preset's."""
+    words = ["train", "--config", str(RECIPES / f"{name}.yaml"), "--dry-run", "--world-size", "8"]
+    for role in roles:
+        words += [f"--models.{role}.init_from", "none"]
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert not stop.value.code
+    assert said in capfd.readouterr().out
