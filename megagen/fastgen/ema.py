@@ -300,7 +300,7 @@ class ExponentialMovingAverage:
             shadow = shadows.get(clean_name(name))
             if shadow is not None:
                 read = gather(tensor) if self._gathers else local(tensor)
-                yield local(shadow), read.detach(), name
+                yield local(shadow), read, name
 
 
 class _Average:
@@ -317,12 +317,18 @@ class _Average:
         self._num_elements = 0
 
     def add(self, shadow: Tensor, live: Tensor) -> None:
+        key = (shadow.device, shadow.dtype, live.device, live.dtype)
         limit = 2**18 if shadow.device.type == "cpu" else 2**24
-        for pair in _pieces(shadow, live, limit):
-            key = (shadow.device, shadow.dtype, live.device, live.dtype)
-            for tensors, tensor in zip(self._pending[key], pair, strict=True):
-                tensors.append(tensor)
-            self._num_elements += pair[0].numel()
+        is_cast = key[:2] != key[2:]
+        if is_cast and shadow.numel() > limit and shadow.is_contiguous() and live.is_contiguous():
+            shadows, lives = shadow.view(-1).split(limit), live.view(-1).split(limit)
+        else:
+            shadows, lives = (shadow,), (live,)
+        for piece, source in zip(shadows, lives, strict=True):
+            pending = self._pending[key]
+            pending[0].append(piece)
+            pending[1].append(source)
+            self._num_elements += piece.numel()
             if self._num_elements >= limit:
                 self.finish()
 
@@ -335,16 +341,6 @@ class _Average:
             torch._foreach_lerp_(shadows, lives, self._weight)
         self._pending.clear()
         self._num_elements = 0
-
-
-def _pieces(shadow: Tensor, live: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pair, cut into pieces of at most ``limit`` elements where a cast takes memory."""
-    is_read_in_place = (shadow.dtype, shadow.device) == (live.dtype, live.device)
-    is_flat = shadow.is_contiguous() and live.is_contiguous()
-    if is_read_in_place or not is_flat or shadow.numel() <= limit:
-        yield shadow, live
-    else:
-        yield from zip(shadow.view(-1).split(limit), live.view(-1).split(limit), strict=True)
 
 
 def _copy(shadow: Tensor, live: Tensor, name: str) -> None:

@@ -122,9 +122,8 @@ def load_fake_score_weights(
             (``persistent=False``) may always be lacking.
         device: where to materialise; None: the mesh's device for shards (FSDP2's
             ``CPUOffloadPolicy`` needs ``"cpu"``), else the teacher's.
-        from_rank0: only global rank 0 reads ``teacher``, whole tensors; the others are sent their
-            parts, and what they give as ``teacher`` (e.g. ``{}``) is ignored. Every mesh must begin
-            with rank 0.
+        from_rank0: only global rank 0 reads ``teacher``, whole tensors, and sends them to all;
+            what the others give as ``teacher`` (e.g. ``{}``) is ignored.
 
     Returns:
         ``fake_score``.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 _CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
@@ -54,10 +55,8 @@ def reshard(model: nn.Module) -> None:
     read as plain tensors, and what is written into them is lost. No communication.
     """
     for module in model.modules():
-        if callable(getattr(module, "unshard", None)):
-            again = getattr(module, "reshard", None)
-            if callable(again):
-                again()
+        if hasattr(type(module), "unshard") and hasattr(type(module), "reshard"):
+            cast("FSDPModule", module).reshard()
 
 
 @torch.no_grad()

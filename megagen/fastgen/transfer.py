@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megagen.fastgen.sharding import clean_name, copy_into, is_sharded, local, reshard
+from megagen.fastgen.sharding import clean_name, copy_into, is_sharded, reshard
 
 
 def plain_name(name: str) -> str:
@@ -112,22 +112,14 @@ class _Sent:
             raise RuntimeError(
                 f"{name}: cannot copy shape {tuple(form.shape)} into {tuple(target.shape)}."
             )
-        if not is_sharded(target):
-            if self._values is not None:
-                target.copy_(self._values[name])
-            whole = target.contiguous()
-            dist.broadcast(whole, src=0)
-            if whole is not target:
-                target.copy_(whole)
-            return
-        from torch.distributed.tensor import distribute_tensor
-
-        mesh = target.device_mesh
+        place = self.device()
         if self._values is not None:
-            whole = self._values[name].detach().to(mesh.device_type, target.dtype).contiguous()
+            whole = self._values[name].detach().to(place, target.dtype).contiguous()
         else:
-            whole = torch.empty(form.shape, dtype=target.dtype, device=mesh.device_type)
-        local(target).copy_(distribute_tensor(whole, mesh, target.placements).to_local())
+            whole = torch.empty(form.shape, dtype=target.dtype, device=place)
+        # whole to all: scattering does not know every placement (FSDP2 over tensor parallelism)
+        dist.broadcast(whole, src=0)
+        copy_into(target, whole, name)
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
