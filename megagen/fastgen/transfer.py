@@ -104,7 +104,11 @@ class _Sent:
         return name in self._forms
 
     def device(self) -> torch.device:
-        return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+        """Where the process group communicates."""
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is None or dist.get_backend() == "gloo":
+            return torch.device("cpu")
+        return accelerator
 
     def into(self, target: Tensor, name: str) -> None:
         form = self._forms[name]
