@@ -29,6 +29,7 @@ pytest: setup
 bench: setup
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.fastgen
 
 docs: setup
 	$(BIN)/python docs/config_reference.py

@@ -3,11 +3,15 @@
     python -m benchmarks.fastgen [--case score] [--threads 1] [--pairs 7]
 
 A cycle is one student update and one update of the critics, in plain PyTorch over diffusers' Wan
-with AdamW. ``score``: score distillation with guidance, the fake score as the only critic.
-``adversarial``: with a discriminator on the teacher's features as well, whose step follows the fake
-score's; ours takes both from one student forward. Time: both sides in one process, one cycle after
-the other. Memory: each side in a process of its own, the peak of its resident memory over what it
-was before the networks were made. Nothing is reported where the losses of both sides differ.
+with AdamW. ``score``: score distillation with guidance, the fake score as the only critic; ours
+works off the batch sample by sample (``DMDPipeline.backward``), with the numbers of the whole.
+``whole``: the same by the published calls alone, the batch at once. ``adversarial``: with a
+discriminator on the teacher's features as well, whose step follows the fake score's; ours takes
+both from one student forward and stops the gradient, and the forward, behind the last feature.
+
+Time: both sides in one process, one cycle after the other. Memory: each side in a process of its
+own, the peak of its resident memory over what it was before the networks were made. Nothing is
+reported where the losses of both sides differ.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ LATENTS, TEXT = (2, 16, 4, 24, 24), (2, 32, 128)  # 576 tokens a sample
 COMMON = {"num_train_timesteps": 1000, "guidance_scale": 4.0, "student_sample_steps": 1}
 CASES: dict[str, dict[str, Any]] = {
     "score": {},
+    "whole": {},
     "adversarial": {
         "gan_loss_weight_gen": 0.03,
         "gan_r1_reg_weight": 100.0,
@@ -117,6 +122,8 @@ class Cycle:
         torch.manual_seed(1)  # the same draws on both sides
         noise = torch.randn(LATENTS)
         given = (self.latents, noise, self.text)
+        if self.is_ours and self.case == "score":
+            return self._in_parts(given)
         student = self._update(
             "student",
             lambda: self.pipeline.compute_student_loss(
@@ -133,17 +140,30 @@ class Cycle:
             self._update("discriminator", lambda: self.pipeline.compute_discriminator_loss(*given))
         return [student["total"], critics["fake_score"]]
 
+    def _in_parts(self, given: tuple[Tensor, ...]) -> list[float]:
+        found = []
+        for phase, more in (
+            ("student", {"negative_encoder_hidden_states": self.negative}),
+            ("fake_score", {}),
+        ):
+            losses = self.pipeline.backward(phase, *given, micro_batch_size=1, **more)
+            self._step(phase)
+            found.append(losses["total"].item())
+        return found
+
     def _update(
         self, name: str, loss: Callable[[], dict[str, Tensor]], *more: str
     ) -> dict[str, float]:
-        optimizers = [self.optimizers[key] for key in (name, *more)]
         losses = loss()
         losses["total"].backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        self._step(name, *more)
+        return {key: value.item() for key, value in losses.items()}
+
+    def _step(self, *names: str) -> None:
+        for name in names:
+            self.optimizers[name].step()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        return {key: value.item() for key, value in losses.items()}
 
 
 @app.command()
@@ -204,4 +224,7 @@ def measure_memory(name: str, side: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    app()
+    if len(sys.argv) > 1 and sys.argv[1] == "part":
+        app()
+    else:
+        typer.run(main)

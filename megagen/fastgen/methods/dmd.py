@@ -57,7 +57,8 @@ class DMDPipeline(DistillationPipeline):
         model_parallel_group: ranks that work on the same samples; they share every draw.
 
     Raises:
-        ValueError: ``gan_loss_weight_gen > 0`` without a discriminator.
+        ValueError: ``gan_loss_weight_gen > 0`` without a discriminator, or a ``t_list`` that does
+            not fit ``student_sample_steps``.
     """
 
     config: DMDConfig
@@ -76,6 +77,7 @@ class DMDPipeline(DistillationPipeline):
             raise ValueError(
                 f"gan_loss_weight_gen is {config.gan_loss_weight_gen}, which needs a discriminator"
             )
+        config.check_schedule()
         super().__init__(student, teacher, config)
         self.fake_score, self.discriminator = fake_score, discriminator
         self._group = model_parallel_group

@@ -31,7 +31,8 @@ def student_terms(pipeline: DMDPipeline, inputs: Inputs) -> dict[str, Tensor]:
     """``vsd``, ``gan_gen`` and ``total`` (see ``DMDPipeline.compute_student_loss``)."""
     extra, given, t = pipeline.extensions, inputs.given, inputs.t
     gen = pipeline._predict_x0(pipeline.student, inputs.x_in, inputs.t_in, **given)
-    x_t = add_noise(gen, inputs.eps, t)
+    # only an adversarial gradient comes back through the re-noised sample
+    x_t = add_noise(gen if _is_adversarial(pipeline) else gen.detach(), inputs.eps, t)
     fake_x0, teacher_x0, logits = _scores(pipeline, x_t, t, given)
     guidance = inputs.guidance
     if guidance is not None and teacher_x0 is not None and guidance.wanted(t):
@@ -109,7 +110,7 @@ def _scores(
     What the losses do not need is None and is not computed.
     """
     extra = pipeline.extensions
-    adversarial = pipeline.discriminator is not None and pipeline.config.gan_loss_weight_gen > 0
+    adversarial = _is_adversarial(pipeline)
     found: dict[str, Tensor | None] = {"fake_score": None, "teacher": None}
     features = None
     for name in found:
@@ -122,6 +123,10 @@ def _scores(
     if adversarial:
         logits = _logits(pipeline, _required(features, extra.feature_source))
     return found["fake_score"], found["teacher"], logits
+
+
+def _is_adversarial(pipeline: DMDPipeline) -> bool:
+    return pipeline.discriminator is not None and pipeline.config.gan_loss_weight_gen > 0
 
 
 @torch.no_grad()
@@ -137,7 +142,8 @@ def _score_with_features(
     x0 = None
     # where no x0 is wanted, nothing after the last feature need run
     early = pipeline.extensions.adversarial_only and pipeline.extensions.early_exit
-    with _frozen(model), captured(model, early_exit=early, needs_grad=True) as taken:
+    needs_grad = x_t.requires_grad  # nothing to carry where the student itself is frozen
+    with _frozen(model), captured(model, early_exit=early, needs_grad=needs_grad) as taken:
         x0 = pipeline._predict_x0(model, x_t, t, **given).detach()
     return x0, taken.features
 
