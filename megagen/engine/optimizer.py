@@ -8,6 +8,7 @@ param group before each update, so the groups' overrides hold without an
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -158,12 +159,16 @@ class Optimizer:
                 # Adam makes its moments in the first update; a role may be saved before that
                 for part in self._parts():
                     part.init_state_fn(part.optimizer, part.config)
-            return self.megatron.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+            with contextlib.ExitStack() as stack:
+                for part in self._parts():
+                    stack.enter_context(_all_parameters_named(part))
+                options = {"is_loading": is_loading, "metadata": metadata}
+                return _masters_keyed(self.megatron.sharded_state_dict(model, **options))
 
     def load_state(self, state: dict[str, Any]) -> None:
         """What ``sharded_state`` gave, filled."""
         with torch.no_grad():
-            self.megatron.load_state_dict(state)
+            self.megatron.load_state_dict(_masters_listed(state))
 
 
 def _megatron_optimizer(
@@ -183,6 +188,11 @@ def _megatron_optimizer(
     no_decay = ParamWithNamePredicate(
         name="no_decay", fn=lambda parameter, name: not has_weight_decay(parameter, name)
     )
+    # the distributed optimizer mistakes one parameter's state for another's where a group has
+    # fp32 and bf16 ones: a group of their own for the fp32 ones of a bf16 network
+    wide = ParamWithNamePredicate(
+        name="wide", fn=lambda parameter, name: is_bf16 and parameter.dtype == torch.float32
+    )
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.learning_rate,
@@ -200,10 +210,60 @@ def _megatron_optimizer(
     return get_megatron_optimizer(
         config,
         list(chunks),
-        config_overrides={ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0}},
+        config_overrides={
+            ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0},
+            # a label alone: of what tells groups apart in checkpoints, it does nothing else
+            ParamKey(with_name_predicate=wide): {"is_decoupled_lr": True},
+        },
         use_gloo_process_groups=False,
         pg_collection=mesh.pg,
     )
+
+
+@contextlib.contextmanager
+def _all_parameters_named(part: Any) -> Iterator[None]:
+    """Inside, the unsharded bf16 optimizer numbers its fp32 parameters too.
+
+    It numbers states by the bf16 parameters alone, and so takes those of one for another's. Each
+    group is of one dtype, so its parameters stand in one of the two lists.
+    """
+    if not hasattr(part, "fp32_from_float16_groups"):
+        yield
+        return
+    own = part.float16_groups
+    part.float16_groups = [
+        narrow or wide for narrow, wide in zip(own, part.fp32_from_fp32_groups, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        part.float16_groups = own
+
+
+_MASTERS = "fp32_from_fp16_params"
+
+
+def _masters_keyed(state: dict[str, Any]) -> dict[str, Any]:
+    """An unsharded bf16 optimizer's masters by group and place, in place of lists of lists.
+
+    A list that is empty, for a group of fp32 parameters, would be merged with one that is not when
+    the state is read.
+    """
+    if _MASTERS not in state:
+        return {k: _masters_keyed(v) if isinstance(v, dict) else v for k, v in state.items()}
+    groups = {i: dict(enumerate(group)) for i, group in enumerate(state[_MASTERS]) if group}
+    return {**state, _MASTERS: groups}
+
+
+def _masters_listed(state: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of ``_masters_keyed``."""
+    if _MASTERS not in state:
+        return {k: _masters_listed(v) if isinstance(v, dict) else v for k, v in state.items()}
+    groups = [
+        list(state[_MASTERS].get(i, {}).values())
+        for i in range(len(state["optimizer"]["param_groups"]))
+    ]
+    return {**state, _MASTERS: groups}
 
 
 def _sharded_masters(part: Any) -> Iterator[Master]:

@@ -116,6 +116,25 @@ def test_resume_of_a_parallel_run_on_its_own_layout_is_bitwise(data: Path, tmp_p
     assert curve(run(data, output, *LAYOUTS["tp2_pp2"])) == curve(whole)
 
 
+@pytest.mark.parametrize("layout", ["dp2", "dp2_plain"])
+def test_resume_in_bf16_is_bitwise(layout: str, data: Path, tmp_path: Path) -> None:
+    """Some of a bf16 network's parameters are fp32."""
+    bf16 = {"training__precision": "bf16"}
+    whole = run(data, tmp_path / "whole", *LAYOUTS[layout], **bf16)
+    output = tmp_path / "halves"
+    run(data, output, *LAYOUTS[layout], **bf16, training__loop__max_train_steps=2)
+    assert curve(run(data, output, *LAYOUTS[layout], **bf16)) == curve(whole)
+
+
+def test_resume_in_bf16_under_another_layout(data: Path, tmp_path: Path) -> None:
+    bf16 = {"training__precision": "bf16"}
+    whole = run(data, tmp_path / "whole", *LAYOUTS["pp2"], **bf16)
+    output = tmp_path / "halves"
+    run(data, output, *LAYOUTS["pp2"], **bf16, training__loop__max_train_steps=2)
+    found = run(data, output, *LAYOUTS["tp2_sp"], **bf16)
+    assert curve(found) == pytest.approx(curve(whole), rel=0.02)
+
+
 def test_a_run_folder_in_use_is_not_overwritten(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     run(data, output, training__loop__max_train_steps=1)
