@@ -162,12 +162,26 @@ def _check_batches(config: RunConfig, world_size: int) -> None:
             remedy="Drop it, or change global_batch_size.",
             where="training.loop.gradient_accumulation_steps",
         )
-    virtual = config.training.distributed.virtual_pp_size or 1
-    stages = config.training.distributed.pp_size
-    if virtual > 1 and (whole // unit) % stages:
+    for name, role in config.models.items():
+        if role.trainable:
+            _check_interleaving(config, name, whole // data.micro_batch_size, world_size)
+
+
+def _check_interleaving(config: RunConfig, name: str, num_requests: int, world_size: int) -> None:
+    """Whether a trained role's replicas get micro-batches that its virtual stages can take.
+
+    Args:
+        config: the config.
+        name: of the role.
+        num_requests: micro-batches of a step over all data ranks.
+        world_size: ranks of the run.
+    """
+    distributed = config.role_distributed(name)
+    share, stages = num_requests // distributed.dims().dp_size(world_size), distributed.pp_size
+    if (distributed.virtual_pp_size or 1) > 1 and share % stages:
         raise ConfigError(
-            f"{whole // unit} micro-batches per step do not divide by pp_size {stages}, which the "
-            "interleaved schedule needs.",
+            f"{share} micro-batches per step for each replica of {name} do not divide by its "
+            f"pp_size {stages}, which the interleaved schedule needs.",
             remedy="Change global_batch_size or micro_batch_size, or drop virtual_pp_size.",
             where="training.data.global_batch_size",
         )

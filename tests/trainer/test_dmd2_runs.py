@@ -90,10 +90,12 @@ def run(
     text_only: bool,
     steps: int = STEPS,
     save_every: int = 0,
+    precision: str = "fp32",
     **method: Any,
 ) -> list[dict[str, float]]:
     ranks, layouts = layout
     tree = tree_of(data, output, layouts, text_only=text_only)
+    tree["training"]["precision"] = precision
     tree["method"] |= method
     tree["training"]["checkpoint"]["training_state_checkpointing_steps"] = save_every
     tree["training"]["loop"]["max_train_steps"] = steps
@@ -176,6 +178,13 @@ def test_with_latents(data: Path, tmp_path: Path) -> None:
     run(data, output, THREE_LAYOUTS, text_only=False, steps=2)
     found = run(data, output, THREE_LAYOUTS, text_only=False, steps=4)
     assert curve(found) == pytest.approx(curve(expected), rel=1e-5)
+
+
+def test_bf16_is_close_to_fp32(
+    data: Path, tmp_path: Path, one_rank: list[dict[str, float]]
+) -> None:
+    found = run(data, tmp_path / "run", THREE_LAYOUTS, text_only=True, precision="bf16")
+    assert curve(found) == pytest.approx(curve(one_rank), rel=0.05)
 
 
 def test_a_discriminator_is_resumed(data: Path, tmp_path: Path) -> None:
