@@ -1,7 +1,10 @@
 """Training methods: pure algorithms over roles, one file each. They know no parallel layout."""
 
 METHODS: dict[str, str] = {
+    "diffusion_forcing": "megagen.methods.diffusion_forcing:DiffusionForcingSFTMethod",
     "dmd2": "megagen.methods.dmd2:DMD2Method",
     "finetune": "megagen.methods.finetune:FineTuneMethod",
+    "self_forcing": "megagen.methods.self_forcing:SelfForcingMethod",
+    "teacher_forcing": "megagen.methods.teacher_forcing:TeacherForcingSFTMethod",
 }
 """Short names that ``method._target_`` takes besides dotted paths."""

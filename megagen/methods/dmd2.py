@@ -30,11 +30,13 @@ from megagen.methods import few_step, scores
 from megagen.methods.adversarial import Adversary, RealDraw
 from megagen.methods.base import RunFacts, StepResult, TrainingMethod, mean_metrics
 from megagen.methods.dmd2_options import DMD2Options
-from megagen.methods.few_step import RolloutDraw, noised, x0_of
+from megagen.methods.few_step import noised, x0_of
 from megagen.methods.scores import Unconditional
 from megagen.models.base import ModelPlugin, Passes, Request
 
 log = get_logger(__name__)
+
+Condition = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,13 @@ class Draw:
     """All random numbers of one micro-batch for one of the two losses.
 
     Args:
-        rollout: of the student; None where the other loss's samples are taken.
+        rollout: from ``draw_rollout``; None where the other loss's samples are taken.
         timestep_B: of the scores.
         noise_BCTHW: of the scores' inputs.
         real: data for the discriminator.
     """
 
-    rollout: RolloutDraw | None
+    rollout: Any
     timestep_B: Tensor
     noise_BCTHW: Tensor
     real: RealDraw | None = None
@@ -141,17 +143,18 @@ class DMD2Method(TrainingMethod):
 
     def draw(self, batch: Batch, step: int, loss: str, with_rollout: bool) -> Draw:
         """Every random number of ``loss`` for one micro-batch."""
-        rollout = None
-        if with_rollout:
-            start = self.data(batch) if self.options.starts_from_data else batch.latent_shape
-            rollout = self.rollout.draw(
-                self.streams, f"{loss}/rollout", step, batch.positions, batch.condition, start
-            )
+        rollout = self.draw_rollout(batch, step, f"{loss}/rollout") if with_rollout else None
         timestep_B, noise = self.draw_scores(batch, step, loss)
         drawn = Draw(rollout, timestep_B, noise)
         if self.adversary is None or loss == "student":
             return drawn
         return replace(drawn, real=self.draw_real(batch, step, drawn))
+
+    def draw_rollout(self, batch: Batch, step: int, purpose: str) -> Any:
+        """The random numbers of the student's samples."""
+        start = self.data(batch) if self.options.starts_from_data else batch.latent_shape
+        given = (step, batch.positions, batch.condition, start)
+        return self.rollout.draw(self.streams, purpose, *given)
 
     def draw_scores(self, batch: Batch, step: int, purpose: str) -> tuple[Tensor, Tensor]:
         """Score timesteps ``[B]`` and noise ``[B, C, T, H, W]``."""
@@ -187,29 +190,31 @@ class DMD2Method(TrainingMethod):
 
     def generate(self, draws: Sequence[Draw]) -> list[Tensor]:
         """The student's samples x0, without gradient."""
-        inputs = self.rollout.inputs(self.student, [d.rollout for d in draws if d.rollout])
+        inputs = self.rollout.inputs(self.student, [draw.rollout for draw in draws])
         return few_step.predict_x0(self.student, inputs)
 
     def student_pass(self, draws: Sequence[Draw]) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
         """Rollout, scores, and the student's gradient; its losses and samples."""
-        inputs = self.rollout.inputs(self.student, [d.rollout for d in draws if d.rollout])
+        inputs = self.rollout.inputs(self.student, [draw.rollout for draw in draws])
         samples: list[Tensor] = []
 
         def targets(velocities: list[Tensor]) -> list[dict[str, Tensor]]:
             samples.extend(x0_of(v, r) for v, r in zip(velocities, inputs, strict=True))
-            return self.score(samples, inputs, draws)
+            return self.score(samples, [request.condition for request in inputs], draws)
+
+        def loss(velocity: Tensor, request: Request, target: Mapping[str, Tensor]) -> Any:
+            return self.sample_loss(x0_of(velocity, request), target)
 
         self.student.zero_grad()
-        losses = self.student.forward_score_backward(inputs, targets, self.student_loss)
-        return losses, samples
+        return self.student.forward_score_backward(inputs, targets, loss), samples
 
     def score(
-        self, samples: Sequence[Tensor], inputs: Sequence[Request], draws: Sequence[Draw]
+        self, samples: Sequence[Tensor], conditions: Sequence[Condition], draws: Sequence[Draw]
     ) -> list[dict[str, Tensor]]:
         """What teacher and critic take the samples for, once they are noised."""
         noisy = [
-            noised(x0, draw.noise_BCTHW, draw.timestep_B, request.condition)
-            for x0, request, draw in zip(samples, inputs, draws, strict=True)
+            noised(x0, draw.noise_BCTHW, draw.timestep_B, condition)
+            for x0, condition, draw in zip(samples, conditions, draws, strict=True)
         ]
         critic, teacher = self.roles["critic"], self.roles["teacher"]
         fake = scores.guided_x0(critic, noisy, self.fake_guidance, self.unconditional)
@@ -221,16 +226,14 @@ class DMD2Method(TrainingMethod):
                 target |= {"gradient": gradient, "gan_gen": loss}
         return targets
 
-    def student_loss(
-        self, velocity: Tensor, request: Request, target: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def sample_loss(self, x0: Tensor, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Half the mean square of g, with g / n as the gradient of x0; DMD, arXiv 2311.18828.
 
         The adversarial term enters by its gradient; its value is reported beside.
         """
         x0, real, fake = (
             scores.last_frames(tensor, self.options.gradient_frames)
-            for tensor in (x0_of(velocity, request), target["real"], target["fake"])
+            for tensor in (x0, target["real"], target["fake"])
         )
         per_sample = self.options.vsd_normalizer == "sample"
         loss = vsd_loss(x0, real, fake, normalizer="sample" if per_sample else "global", fp32=True)

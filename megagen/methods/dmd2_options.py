@@ -100,6 +100,14 @@ class DMD2Options(ScoreTimeOptions, GANOptions):
         return self.student_step_per or ("sample" if self.starts_from_data else "step")
 
     @property
+    def rollout_passes(self) -> float:
+        """Passes of a rollout beside that of the trained step, on average."""
+        if self.starts_from_data:
+            return 0.0
+        steps = self.dmd_denoising_steps or (self.t_list or [0.0])[:-1]
+        return (len(steps) - 1) / (2 if self.share == "step" else 1)
+
+    @property
     def real_guidance(self) -> Guidance:
         """Of the teacher."""
         return Guidance(
@@ -135,9 +143,7 @@ class DMD2Options(ScoreTimeOptions, GANOptions):
         of_critic = 1.0 if self.critic_on_student_steps else 1 - of_student
         is_shared = self.share_rollout and self.critic_on_student_steps
         own_rollouts = of_critic - (of_student if is_shared else 0.0)
-        steps = self.dmd_denoising_steps or (self.t_list or [0.0])[:-1]
-        down = 0.0 if self.starts_from_data else len(steps) - 1.0
-        down /= 2 if self.share == "step" else 1
+        down = self.rollout_passes
         guided = (
             1 + (self.real_score_guidance_scale != 1),
             1 + (self.fake_score_guidance_scale != 1),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -191,6 +191,7 @@ class Rollout:
         positions: Sequence[int],
         condition: Mapping[str, Tensor],
         latents: Tensor | LatentShape,
+        step_B: Tensor | None = None,
     ) -> RolloutDraw:
         """Draw for one micro-batch.
 
@@ -202,9 +203,10 @@ class Rollout:
             condition: of the micro-batch.
             latents: clean latents, noised to the trained timestep; or their shape, for a rollout
                 from pure noise.
+            step_B: the trained step of each sample, where it is chosen already.
         """
-        count, keys = len(self.timesteps), draw_keys(self.share, positions)
-        step_B = streams.integers(f"{purpose}/step", step, keys, 0, count)
+        if step_B is None:
+            step_B = self.draw_step(streams, purpose, step, positions)
         x0 = latents.to(process.device()) if isinstance(latents, Tensor) else None
         shape = latents.shape[1:] if isinstance(latents, Tensor) else latents
         num_noises = 1 if x0 is not None else 1 + self._num_steps_down(step_B)
@@ -214,10 +216,25 @@ class Rollout:
         )
         return RolloutDraw(condition, x0, step_B.to(process.device()), noises)
 
-    def inputs(self, student: Role, draws: Sequence[RolloutDraw]) -> list[Request]:
-        """The student's input at each sample's trained timestep; made without gradient."""
+    def draw_step(
+        self, streams: Streams, purpose: str, step: int, positions: Sequence[int]
+    ) -> Tensor:
+        """Which of the student's timesteps each sample is trained at, ``[B]`` in 0..K-1."""
+        keys = draw_keys(self.share, positions)
+        return streams.integers(f"{purpose}/step", step, keys, 0, len(self.timesteps))
+
+    def inputs(
+        self, student: Role, draws: Sequence[RolloutDraw], caches: Sequence[Any] | None = None
+    ) -> list[Request]:
+        """The student's input at each sample's trained timestep; made without gradient.
+
+        Args:
+            student: whose.
+            draws: of each micro-batch.
+            caches: of the frames before, where a causal student continues a video.
+        """
         if draws[0].x0 is None:
-            return self._simulate(student, draws)
+            return self._simulate(student, draws, caches or [None] * len(draws))
         requests = []
         for draw in draws:
             assert draw.x0 is not None
@@ -225,12 +242,15 @@ class Rollout:
             requests.append(noised(draw.x0, draw.noises[0], timestep_B, draw.condition))
         return requests
 
-    def _simulate(self, student: Role, draws: Sequence[RolloutDraw]) -> list[Request]:
+    def _simulate(
+        self, student: Role, draws: Sequence[RolloutDraw], caches: Sequence[Any]
+    ) -> list[Request]:
         """Walk down from pure noise; a sample stays at its own step.
 
         DMD2, arXiv 2405.14867, section 4.5. All data ranks walk as far as the furthest may.
         """
-        requests = [self._start(draw) for draw in draws]
+        pairs = zip(draws, caches, strict=True)
+        requests = [self._start(draw).with_(cache=cache) for draw, cache in pairs]
         for k in range(len(draws[0].noises) - 1):
             x0s = predict_x0(student, requests)
             moved = zip(x0s, requests, draws, strict=True)
@@ -254,7 +274,7 @@ class Rollout:
         next_B = torch.where(goes_B, self._timesteps(draw)[k + 1], request.timestep)
         below = noised(x0, eps, next_B, draw.condition)
         latents = torch.where(expand_like(goes_B, x0), below.latents_BCTHW, request.latents_BCTHW)
-        return below.with_(latents_BCTHW=latents)
+        return below.with_(latents_BCTHW=latents, cache=request.cache)
 
     def _timesteps(self, draw: RolloutDraw) -> Tensor:
         return torch.tensor(self.timesteps, dtype=torch.float32, device=draw.step_B.device)

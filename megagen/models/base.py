@@ -169,6 +169,10 @@ class ModelPlugin(ABC):
         """Tokens S of latents ``[..., T, H, W]`` before any padding."""
         return math.prod(self.token_grid(latent_shape))
 
+    def blocks(self, num_frames: int, start: int = 0) -> list[range]:
+        """Frames ``start`` to ``start + num_frames`` cut into what is made together: here all."""
+        return [range(start, start + num_frames)]
+
     # -- weights ---------------------------------------------------------------------------------
     @abstractmethod
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:

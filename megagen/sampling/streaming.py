@@ -103,7 +103,7 @@ def stream_latents(
     if given_BCTHW is not None:
         start = given_BCTHW.size(2)
         block_maker.remember(given_BCTHW, range(start))
-    blocks: list[range] = role.plugin.blocks(noise_BCTHW.size(2) - start, start)  # type: ignore[attr-defined]
+    blocks: list[range] = role.plugin.blocks(noise_BCTHW.size(2) - start, start)
     for block in blocks:
         noise = noise_BCTHW[:, :, block.start : block.stop].float()
         x0_BCTHW = block_maker.make(noise, block, sigmas)

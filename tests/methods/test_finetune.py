@@ -86,8 +86,8 @@ def test_one_step_from_the_formulas(weighting: str) -> None:
 
 def test_weights_have_mean_one() -> None:
     sigma = (torch.arange(20000) + 0.5) / 20000
-    for weighting in ("none", "bell", "one_plus_sigma"):
-        weight = method(role(), loss_weighting=weighting).loss_weight(sigma)
+    for weighting in ("none", "bell", "one_plus_sigma", "index_bell"):
+        weight = method(role(), loss_weighting=weighting).loss_weight(sigma, base=sigma)
         assert float(weight.double().mean()) == pytest.approx(1.0, abs=1e-5)
 
 
