@@ -172,14 +172,6 @@ def test_three_layouts_killed_and_resumed(
     assert curve(run(data, output, THREE_LAYOUTS, text_only=True)) == curve(whole)
 
 
-def test_with_latents(data: Path, tmp_path: Path) -> None:
-    expected = run(data, tmp_path / "one", ONE_LAYOUT, text_only=False, steps=4)
-    output = tmp_path / "run"
-    run(data, output, THREE_LAYOUTS, text_only=False, steps=2)
-    found = run(data, output, THREE_LAYOUTS, text_only=False, steps=4)
-    assert curve(found) == pytest.approx(curve(expected), rel=1e-5)
-
-
 def test_bf16_is_close_to_fp32(
     data: Path, tmp_path: Path, one_rank: list[dict[str, float]]
 ) -> None:
@@ -187,10 +179,9 @@ def test_bf16_is_close_to_fp32(
     assert curve(found) == pytest.approx(curve(one_rank), rel=0.05)
 
 
-def test_a_discriminator_is_resumed(data: Path, tmp_path: Path) -> None:
-    """With the samples' start simulated, under three layouts; the heads are read under one."""
+def test_with_latents_and_a_discriminator(data: Path, tmp_path: Path) -> None:
+    """Resumed under the same three layouts, and under one."""
     options: dict[str, Any] = {
-        "rollout_mode": "simulate",
         "gan_loss_weight_gen": 0.5,
         "gan_r1_reg_weight": 1.0,
         "discriminator": {"width": 8, "learning_rate": 5e-3},
