@@ -24,6 +24,7 @@ from megagen.core.registry import resolve
 from megagen.data.codecs import CODECS
 from megagen.data.options import DataOptions
 from megagen.data.preprocess import PreprocessOptions
+from megagen.data.prompts import PromptOptions
 from megagen.data.text import TEXT_ENCODERS
 from megagen.methods import METHODS
 from megagen.models import MODELS
@@ -82,6 +83,8 @@ def sections() -> list[tuple[str, str, type[BaseModel]]]:
     found.append(("pipeline", "", schema.PipelineOptions))
     note = "Flags and config file of `megagen preprocess`."
     found.append(("megagen preprocess", note, PreprocessOptions))
+    prompts_note = "Flags and config file of `megagen preprocess --prompts FILE`."
+    found.append(("megagen preprocess --prompts", prompts_note, PromptOptions))
     for title, table in (("codec", CODECS), ("text_encoder", TEXT_ENCODERS)):
         for name, target in table.items():
             found.append((f"{title}, name: {name}", "", resolve(target).Options))

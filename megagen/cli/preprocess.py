@@ -24,6 +24,9 @@ def preprocess(
     ctx: typer.Context,
     config: Annotated[Path | None, typer.Option(help="YAML file with these options.")] = None,
     input_dir: Annotated[str | None, typer.Option(help="Folder of videos and captions.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Text file, a prompt a line: a dataset of texts alone.")
+    ] = None,
     output_dir: Annotated[str | None, typer.Option(help="Dataset directory to write.")] = None,
     codec: Annotated[str | None, typer.Option(help="space_to_depth or wan_vae.")] = None,
     text_encoder: Annotated[str | None, typer.Option(help="hashed or umt5.")] = None,
@@ -45,11 +48,17 @@ def preprocess(
 ) -> None:
     """Turn a folder of videos into a dataset of latents and text embeddings.
 
+    With --prompts FILE in place of --input-dir, a dataset of text embeddings alone; of the options
+    below, the text encoder's, --negative-prompt and --samples-per-file count there.
+
     Options of the codec and the text encoder are dotted: --codec.patch 4, --codec.path DIR,
     --text_encoder.path DIR. A run that was stopped goes on when the same command is given again.
     """
     flags = {key: value for key, value in ctx.params.items() if key not in ("config", "nproc")}
     data = _merge(config, {k: v for k, v in flags.items() if v is not None}, ctx.args)
+    if data.get("prompts"):
+        _encode_prompts(data, "" if config is None else str(config))
+        return
     started = "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
     if started and nproc > 1:
         raise ConfigError("nproc is given, but torchrun started the ranks.", remedy="Drop --nproc.")
@@ -68,6 +77,15 @@ def preprocess(
         manifest = _with_bar(plan(options), lambda on_clip: run(options, on_clip=on_clip))
     if manifest is not None:
         typer.echo(_summary(options.output_dir, manifest, time.monotonic() - begin))
+
+
+def _encode_prompts(data: dict[str, Any], where: str) -> None:
+    from megagen.data.prompts import encode_prompts, prompt_options
+
+    options = prompt_options(data, where)
+    begin = time.monotonic()
+    count = encode_prompts(options)
+    typer.echo(f"{count} prompts in {options.output_dir} ({time.monotonic() - begin:.1f} s)")
 
 
 def _merge(config: Path | None, flags: dict[str, Any], extra: list[str]) -> dict[str, Any]:

@@ -220,7 +220,7 @@ def preprocess(
     if mine or (rank == 0 and not unconditional.is_file()):
         encoder = _encoder(options, codec)
         if rank == 0:
-            _write_unconditional(unconditional, encoder.text, options.negative_prompt)
+            write_unconditional(unconditional, encoder.text, options.negative_prompt)
         seen = bad = 0
         for index in mine:
             record = _do_part(work, index, encoder, on_clip)
@@ -267,7 +267,8 @@ def _do_part(
     return record
 
 
-def _write_unconditional(target: Path, text: TextEncoder, negative_prompt: str) -> None:
+def write_unconditional(target: Path, text: TextEncoder, negative_prompt: str) -> None:
+    """The embeddings of the empty and the negative prompt, whole or not at all."""
     embeds_BLD, _ = text.encode(["", negative_prompt])
     temporary = target.with_name(f".{target.name}.tmp")
     tensors = {"empty": embeds_BLD[0].contiguous(), "negative": embeds_BLD[1].contiguous()}
