@@ -38,14 +38,20 @@ GRID = (3, 1, 5)
 LATENTS = (3, *cases.SIZE)
 
 
-def batches(step: int, *, text_only: bool = False) -> list[Batch]:
+def batches(
+    step: int,
+    *,
+    text_only: bool = False,
+    shape: tuple[int, int, int, int] = LATENTS,
+    count: int = NUM_BATCHES,
+) -> list[Batch]:
     """All micro-batches of a step; a function of the step."""
     generator = torch.Generator().manual_seed(500 + step)
     found = []
-    for number in range(NUM_BATCHES):
-        first = (step * NUM_BATCHES + number) * cases.BATCH
+    for number in range(count):
+        first = (step * count + number) * cases.BATCH
         positions = tuple(range(first, first + cases.BATCH))
-        latents = torch.randn(cases.BATCH, *LATENTS, generator=generator)
+        latents = torch.randn(cases.BATCH, *shape, generator=generator)
         text = torch.randn(cases.BATCH, 5, 6, generator=generator)
         names = tuple(map(str, positions))
         found.append(
@@ -55,7 +61,7 @@ def batches(step: int, *, text_only: bool = False) -> list[Batch]:
                 positions,
                 names,
                 names,
-                LATENTS,
+                shape,
             )
         )
     return found
@@ -91,8 +97,9 @@ def make_method(
 
 def own_batches(step: int, mesh: Mesh, **kind: Any) -> list[Batch]:
     """Those of this rank's data rank."""
-    share = NUM_BATCHES // mesh.dp_size
-    return batches(step, **kind)[mesh.dp_rank * share : (mesh.dp_rank + 1) * share]
+    everyone = batches(step, **kind)
+    share = len(everyone) // mesh.dp_size
+    return everyone[mesh.dp_rank * share : (mesh.dp_rank + 1) * share]
 
 
 def gradients_of(role: Role) -> dict[str, Tensor]:
@@ -123,6 +130,9 @@ class Reference:
         weights: of student, teacher and critic.
         options: of the method, all keys that are used given.
     """
+
+    def batches(self, step: int) -> list[Batch]:
+        return batches(step)
 
     def __init__(self, weights: Sequence[cases.Weights], options: Mapping[str, Any]) -> None:
         settings = (ADAMW, ADAMW, CRITIC)
@@ -175,9 +185,14 @@ class Reference:
         )
 
     # -- random numbers --------------------------------------------------------------------------
-    def normal(self, purpose: str, step: int, batch: Batch) -> Tensor:
+    def normal(
+        self, purpose: str, step: int, batch: Batch, shape: Sequence[int] | None = None
+    ) -> Tensor:
         found = [
-            torch.randn(LATENTS, generator=self.streams.generator(purpose, step, p))
+            torch.randn(
+                tuple(shape or batch.latent_shape),
+                generator=self.streams.generator(purpose, step, p),
+            )
             for p in batch.positions
         ]
         return torch.stack(found).double()
@@ -186,14 +201,14 @@ class Reference:
         one = {"step": -1, "micro_batch": batch.positions[0]}
         return [one.get(share, p) for p in batch.positions]
 
-    def chosen(self, loss: str, step: int, batch: Batch) -> list[int]:
+    def chosen(self, rollout: str, step: int, batch: Batch) -> list[int]:
         return [
             int(
                 torch.randint(
                     0,
                     len(self.steps),
                     (),
-                    generator=self.streams.generator(f"{loss}/rollout/step", step, key),
+                    generator=self.streams.generator(f"{rollout}/step", step, key),
                 )
             )
             for key in self.keys(self.share, batch)
@@ -244,7 +259,10 @@ class Reference:
     # -- the algorithm ---------------------------------------------------------------------------
     def student_input(self, loss: str, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
         """(x_t, t) at the timestep that each sample is trained at."""
-        chosen, text = self.chosen(loss, step, batch), batch.condition["text_embeds_BLD"]
+        chosen, text = (
+            self.chosen(f"{loss}/rollout", step, batch),
+            batch.condition["text_embeds_BLD"],
+        )
         if self.o["rollout_mode"] == "data_latent":
             t = torch.tensor([self.steps[j] for j in chosen])
             eps = self.normal(f"{loss}/rollout/noise/0", step, batch)
@@ -263,6 +281,12 @@ class Reference:
         rows = torch.stack([inputs[j][i] for i, j in enumerate(chosen)])
         return rows.detach(), torch.tensor([self.steps[j] for j in chosen])
 
+    def sample(self, loss: str, step: int, batch: Batch) -> Tensor:
+        """The student's x0, differentiable where gradients are recorded."""
+        with torch.no_grad():
+            x, t = self.student_input(loss, step, batch)
+        return self.x0(self.student, x, t, batch.condition["text_embeds_BLD"])
+
     def renoised(self, loss: str, step: int, batch: Batch, x0: Tensor) -> tuple[Any, ...]:
         t, eps = (
             self.score_times(loss, step, batch),
@@ -273,9 +297,7 @@ class Reference:
     def student_loss(self, step: int, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """What is differentiated for one micro-batch, its samples, and the losses' values."""
         text = batch.condition["text_embeds_BLD"]
-        with torch.no_grad():
-            x, t = self.student_input("student", step, batch)
-        x0 = self.x0(self.student, x, t, text)
+        x0 = self.sample("student", step, batch)
         with torch.no_grad():
             x_t, s, _ = self.renoised("student", step, batch, x0)
             fake_scale, real_scale = (self.o[f"{n}_score_guidance_scale"] for n in ("fake", "real"))
@@ -329,23 +351,22 @@ class Reference:
         moves_critic = self.o.get("critic_on_student_steps", True) or not moves_student
         found: dict[str, Any] = {}
         with true_double():
-            for batch in batches(step):
+            everyone = self.batches(step)
+            for batch in everyone:
                 x0 = None
                 if moves_student:
                     loss, x0, terms = self.student_loss(step, batch)
-                    (loss / NUM_BATCHES).backward()
+                    (loss / len(everyone)).backward()
                     for name, value in terms.items():
-                        add(found, f"loss/{name}", value.item() / NUM_BATCHES)
+                        add(found, f"loss/{name}", value.item() / len(everyone))
                 if not moves_critic:
                     continue
                 if x0 is None or not self.o["share_rollout"]:
                     with torch.no_grad():
-                        x, t = self.student_input("critic", step, batch)
-                        text = batch.condition["text_embeds_BLD"]
-                        x0 = self.x0(self.student, x, t, text)
+                        x0 = self.sample("critic", step, batch)
                 loss = self.critic_loss(step, batch, x0)
-                (loss / NUM_BATCHES).backward()
-                add(found, "loss/fake_score", loss.item() / NUM_BATCHES)
+                (loss / len(everyone)).backward()
+                add(found, "loss/fake_score", loss.item() / len(everyone))
                 if self.o["gan_loss_weight_gen"]:
                     self.judge(found, step, batch, x0)
         weights = {"gan_gen": self.o["gan_loss_weight_gen"], "r1": self.o["gan_r1_reg_weight"]}
