@@ -11,6 +11,7 @@ from megagen import lora
 from megagen.callbacks import CALLBACKS
 from megagen.callbacks.base import Callback
 from megagen.callbacks.builtin import EMAOptions, GradClipOptions
+from megagen.checkpoint.adapters import fingerprint
 from megagen.checkpoint.state import read_trainer
 from megagen.checkpoint.weights import find_checkpoint, open_weights
 from megagen.config.schema import RunConfig
@@ -192,22 +193,49 @@ def build_run(config: RunConfig, plugins: Mapping[str, ModelPlugin]) -> Run:
     streams = Streams(config.training.seed)
     mesh = Mesh.build(config.training.distributed.dims())
     loader = build_loader(config, mesh, streams)
-    built: dict[str, Role] = {}
-    for name in sorted(plugins, key=lambda name: name not in config.base_sharers()[:1]):
-        built[name] = build_role(config, name, plugins[name], mesh, streams, built)
-    roles = {name: built[name] for name in plugins}
     cls = method_class(config)
     options = parse_options(cls.Options, config.method.own_options(), "method")
-    facts = RunFacts(
-        output_dir=Path(config.training.checkpoint.output_dir),
-        unconditional=loader.dataset.unconditional,
-        optimizer=_run_optimizer(config),
-    )
-    method = cls(roles, options, streams, facts)
+    facts = _facts(config, plugins, mesh, streams, loader)
+    found = agree_on_main(lambda: cls.survey(options, plugins, streams, facts))
+    built: dict[str, Role] = {}
+    for name in sorted(plugins, key=lambda name: name not in config.base_sharers()[:1]):
+        if name not in found.idle:
+            built[name] = build_role(config, name, plugins[name], mesh, streams, built)
+    roles = {name: built[name] for name in plugins if name in built}
+    method = cls(roles, options, streams, replace(facts, preparation=found))
     callbacks = {
         name: _build_callback(config, name) for name in config.callbacks if name not in BUILT_IN
     }
     return Run(config, mesh, streams, roles, method, loader, callbacks)
+
+
+def _facts(
+    config: RunConfig,
+    plugins: Mapping[str, ModelPlugin],
+    mesh: Mesh,
+    streams: Streams,
+    loader: Loader,
+) -> RunFacts:
+    """What a method may know of the run."""
+    return RunFacts(
+        output_dir=Path(config.training.checkpoint.output_dir),
+        unconditional=loader.dataset.unconditional,
+        optimizer=_run_optimizer(config),
+        samples=loader,
+        identity=lambda name: identity(config, name, plugins[name], streams),
+        data_place=(mesh.dp_rank, mesh.dp_size),
+        is_writer=mesh.tp_rank == mesh.cp_rank == mesh.pp_rank == 0,
+    )
+
+
+def identity(config: RunConfig, name: str, plugin: ModelPlugin, streams: Streams) -> dict[str, Any]:
+    """What role ``name``'s first weights are: family, fingerprint, adapters."""
+    adapters = lora.adapter_store(config, name, plugin, streams)
+    return {
+        "family": plugin.family,
+        "weights": fingerprint(weight_store(config, name, plugin, streams)),
+        "adapters": None if adapters is None else fingerprint(adapters),
+    }
 
 
 def sample_shape(

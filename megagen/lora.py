@@ -99,7 +99,8 @@ def adapter_store(
 def lender(config: RunConfig, name: str, built: Mapping[str, Role]) -> Role | None:
     """The role whose base weights role ``name`` uses; None: it has its own."""
     sharing = config.base_sharers()
-    return built[sharing[0]] if name in sharing[1:] else None
+    lenders = [other for other in sharing if other in built]  # the first may not be needed
+    return built[lenders[0]] if name in sharing and lenders else None
 
 
 def reference(

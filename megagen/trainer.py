@@ -102,6 +102,7 @@ class Trainer:
             TrainingDiverged: too many skipped steps in a row.
         """
         config = self.config.training
+        self._prepare()
         self._listen_for_stop()
         self._resume()
         if process.is_main():
@@ -125,6 +126,11 @@ class Trainer:
                 callback.on_training_step_end(self, metrics)
             self._save_if_due(stopped)
         self._finish(stopped)
+
+    def _prepare(self) -> None:
+        """What the method does before the first step; a stop signal ends it, to be taken up."""
+        self.run_parts.roles = self.run_parts.method.prepare()
+        dist.all_reduce(torch.zeros((), device=process.device()))  # every rank is done
 
     def _work(self) -> dict[str, tuple[ModelPlugin, float]]:
         """Of each role, the student first: its model, and the forward passes a step amounts to."""

@@ -27,6 +27,7 @@ class Batch:
         ids: the samples' ids in the dataset.
         captions: their captions, in the same order ("" where dropped).
         shape_CTHW: of a sample's latents where there are none; None: that of ``latents_BCTHW``.
+        keys: the samples' numbers in the dataset, which nothing else there has.
     """
 
     latents_BCTHW: Tensor | None
@@ -35,6 +36,7 @@ class Batch:
     ids: tuple[str, ...]
     captions: tuple[str, ...]
     shape_CTHW: LatentShape | None = None
+    keys: tuple[int, ...] = ()
 
     def clean_latents(self) -> Tensor:
         """``latents_BCTHW``.

@@ -8,8 +8,10 @@ Threads read ahead (``num_workers``); what they hand out is in the same order as
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from megagen.core.log import get_logger
 from megagen.core.streams import Streams
 from megagen.data.batch import Batch, LatentShape
 from megagen.data.dataset import Dataset, open_dataset
+from megagen.data.manifest import read_manifest
 from megagen.data.options import DataOptions
 from megagen.data.order import Order, Place
 from megagen.data.parquet import RowReader
@@ -100,11 +103,47 @@ class Loader:
         first = step * self.global_batch_size + self._own.start
         size = self.micro_batch_size
         bucket, _ = self.order.bucket_of(step)
-        shape = self.dataset.buckets[bucket].latent_shape
+        entries = self.dataset.buckets[bucket]
+        keys = [int(entries.keys[place.entry]) for place in self._places(step)]
         return [
-            _collate(samples[start : start + size], first + start, shape)
+            _collate(
+                samples[start : start + size],
+                range(first + start, first + start + size),
+                keys[start : start + size],
+                entries.latent_shape,
+            )
             for start in range(0, len(samples), size)
         ]
+
+    # -- the dataset, sample by sample -------------------------------------------------------------
+    def key_groups(self) -> list[list[int]]:
+        """The number of every sample of the dataset; one list for each shape of latents."""
+        return [[int(key) for key in bucket.keys] for bucket in self.dataset.buckets]
+
+    def batch_of(self, keys: Sequence[int]) -> Batch:
+        """These samples of one shape with the captions they have; ``positions`` are their keys.
+
+        Raises:
+            DataError: a row cannot be used.
+        """
+        number = next(i for i, found in enumerate(self._entries_of_keys) if keys[0] in found)
+        entries = [self._entries_of_keys[number][key] for key in keys]
+        samples = [self._read_or_replace(Place(number, entry, 0)) for entry in entries]
+        return _collate(samples, keys, keys, self.dataset.buckets[number].latent_shape)
+
+    def provenance(self) -> dict[str, Any]:
+        """What the samples are, as JSON: their number, shapes, and text encoder where known."""
+        manifests = [read_manifest(folder) for folder in self.options.sources()]
+        return {
+            "num_samples": self.num_samples,
+            "latent_shapes": [list(shape) for shape in self.latent_shapes],
+            "text_len": self.dataset.text_len,
+            "text_encoder": [m.text_encoder if m else None for m in manifests],
+        }
+
+    @functools.cached_property
+    def _entries_of_keys(self) -> list[dict[int, int]]:
+        return [{key: entry for entry, key in enumerate(keys)} for keys in self.key_groups()]
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -201,7 +240,9 @@ class Loader:
             )
 
 
-def _collate(samples: Sequence[Sample], first_position: int, shape: LatentShape) -> Batch:
+def _collate(
+    samples: Sequence[Sample], positions: Sequence[int], keys: Sequence[int], shape: LatentShape
+) -> Batch:
     names = {name for sample in samples for name in sample.extra}
     try:
         condition = {"text_embeds_BLD": torch.stack([s.text_LD for s in samples])}
@@ -217,8 +258,9 @@ def _collate(samples: Sequence[Sample], first_position: int, shape: LatentShape)
     return Batch(
         latents_BCTHW=latents_BCTHW,
         condition=condition,
-        positions=tuple(range(first_position, first_position + len(samples))),
+        positions=tuple(positions),
         ids=tuple(s.id for s in samples),
         captions=tuple(s.caption for s in samples),
         shape_CTHW=shape,
+        keys=tuple(keys),
     )

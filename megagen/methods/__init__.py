@@ -4,6 +4,8 @@ METHODS: dict[str, str] = {
     "diffusion_forcing": "megagen.methods.diffusion_forcing:DiffusionForcingSFTMethod",
     "dmd2": "megagen.methods.dmd2:DMD2Method",
     "finetune": "megagen.methods.finetune:FineTuneMethod",
+    "kd": "megagen.methods.kd:KDMethod",
+    "kd_causal": "megagen.methods.kd_causal:KDCausalMethod",
     "self_forcing": "megagen.methods.self_forcing:SelfForcingMethod",
     "teacher_forcing": "megagen.methods.teacher_forcing:TeacherForcingSFTMethod",
 }

@@ -10,10 +10,10 @@ the same step.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -42,6 +42,32 @@ class StepResult:
     skipped: tuple[str, ...] = field(default=())
 
 
+class Samples(Protocol):
+    """The run's dataset, sample by sample; a sample's key is its number there."""
+
+    def key_groups(self) -> list[list[int]]:
+        """Every key; one list for each shape of latents."""
+
+    def batch_of(self, keys: Sequence[int]) -> Batch:
+        """These samples, all of one shape; ``positions`` are the keys."""
+
+    def provenance(self) -> dict[str, Any]:
+        """What the samples are, as JSON."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is to be done before the first step, as rank 0 found it.
+
+    Args:
+        idle: roles of ``models`` that the run can do without; they are not built.
+        work: the method's own.
+    """
+
+    idle: tuple[str, ...] = ()
+    work: Any = None
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """What a method may know of the run beside its roles and options.
@@ -52,11 +78,21 @@ class RunFacts:
             the dataset has them.
         optimizer: ``training.optimizer`` over all steps of the run, for what a method trains beside
             its roles.
+        samples: the dataset; None where there is none.
+        identity: what a role's first weights are, as JSON: equal where they are.
+        data_place: (data rank, data ranks) of this rank.
+        is_writer: whether this is the rank that writes files for its data rank.
+        preparation: what ``survey`` found.
     """
 
     output_dir: Path = Path()
     unconditional: Mapping[str, Tensor] = field(default_factory=dict)
     optimizer: OptimizerSettings | None = None
+    samples: Samples | None = None
+    identity: Callable[[str], dict[str, Any]] | None = None
+    data_place: tuple[int, int] = (0, 1)
+    is_writer: bool = True
+    preparation: Preparation = Preparation()
 
 
 class TrainingMethod(ABC):
@@ -72,6 +108,7 @@ class TrainingMethod(ABC):
     Options: ClassVar[type[StrictOptions]]
     options: Any
     required_roles: ClassVar[tuple[str, ...]] = ("student",)
+    optional_roles: ClassVar[tuple[str, ...]] = ()
     trained_roles: ClassVar[tuple[str, ...]] = ("student",)
 
     def __init__(
@@ -89,10 +126,11 @@ class TrainingMethod(ABC):
     def check_roles(cls, names: Sequence[str]) -> None:
         """Raise ``ConfigError`` where ``models`` lacks a role of this method or has too many."""
         missing = [r for r in cls.required_roles if r not in names]
-        extra = [r for r in names if r not in cls.required_roles]
+        extra = [r for r in names if r not in cls.required_roles + cls.optional_roles]
         if missing or extra:
+            may = f" (and perhaps {', '.join(cls.optional_roles)})" if cls.optional_roles else ""
             raise ConfigError(
-                f"{cls.__name__} works on the roles {', '.join(cls.required_roles)}; "
+                f"{cls.__name__} works on the roles {', '.join(cls.required_roles)}{may}; "
                 f"found {', '.join(names)}.",
                 remedy="Add or remove roles.",
                 where="models",
@@ -109,6 +147,13 @@ class TrainingMethod(ABC):
         return True
 
     @classmethod
+    def survey(
+        cls, options: Any, plugins: Mapping[str, ModelPlugin], streams: Streams, facts: RunFacts
+    ) -> Preparation:
+        """What is to be done before the first step. Rank 0 alone looks; nothing is built yet."""
+        return Preparation()
+
+    @classmethod
     def num_updates(cls, options: Any, role: str, num_steps: int) -> int:
         """Updates of ``role`` in a run of ``num_steps``: what its learning rate runs over."""
         return num_steps
@@ -122,6 +167,14 @@ class TrainingMethod(ABC):
     def passes(cls, options: Any) -> dict[str, Passes]:
         """What a step asks of each role: for plans and measured FLOP/s."""
         return {name: Passes(training=1.0) for name in cls.trained_roles}
+
+    def prepare(self) -> Mapping[str, Role]:
+        """Do what ``survey`` found, before the first step; collective.
+
+        Returns:
+            The roles that are needed from here on.
+        """
+        return self.roles
 
     @abstractmethod
     def train_step(self, batches: Sequence[Batch], step: int) -> StepResult:

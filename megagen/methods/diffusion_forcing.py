@@ -57,19 +57,20 @@ class DiffusionForcingSFTMethod(FineTuneMethod):
 
     def draw(self, batch: Batch, step: int) -> Request:
         """As fine-tuning's, with timesteps ``[B, T]``."""
-        chunks = self.chunks(batch.latent_shape[1])
+        plugin = self.student.plugin
+        chunks = frame_chunks(plugin, self.options.chunk_size, batch.latent_shape[1])
         base = base_time(self.streams, step, batch.positions, self.options, [len(chunks)])
         lengths = torch.tensor([len(chunk) for chunk in chunks])
         base_BT: Tensor = base.repeat_interleave(lengths, dim=1)
         return self.noised(batch, step, base_BT)
 
-    def chunks(self, num_frames: int) -> list[range]:
-        """The frames that share a timestep; the last chunk may be shorter."""
-        plugin = self.student.plugin
-        if plugin.is_causal:
-            return list(plugin.blocks(num_frames))
-        size = self.options.chunk_size or DEFAULT_CHUNK
-        return [range(a, min(a + size, num_frames)) for a in range(0, num_frames, size)]
+
+def frame_chunks(plugin: ModelPlugin, chunk_size: int | None, num_frames: int) -> list[range]:
+    """The frames that share a timestep; the last chunk may be shorter."""
+    if plugin.is_causal:
+        return list(plugin.blocks(num_frames))
+    size = chunk_size or DEFAULT_CHUNK
+    return [range(a, min(a + size, num_frames)) for a in range(0, num_frames, size)]
 
 
 def check_chunk(chunk_size: int | None, plugin: ModelPlugin) -> None:

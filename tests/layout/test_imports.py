@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"core", "parallel", "kernels", "layers", "models", "checkpoint", "fastgen"},
     "plan": {"core", "parallel", "models", "config"},
     "sampling": {"core", "parallel", "models", "checkpoint", "engine", "data", "fastgen", "config"},
-    "methods": {"core", "parallel", "models", "engine", "data", "fastgen"},
+    "methods": {"core", "parallel", "models", "engine", "data", "fastgen", "sampling"},
     "callbacks": {
         *{"core", "parallel", "models", "engine", "data", "fastgen", "sampling", "methods"},
         *{"tracking", "checkpoint", "config"},
