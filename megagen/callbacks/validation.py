@@ -24,7 +24,7 @@ from megagen.data.text import build_text_encoder
 from megagen.data.video import contact_sheet, write_video
 from megagen.sampling.flow import SamplerName
 from megagen.sampling.pipeline import SamplingOptions, VideoPipeline
-from megagen.sampling.streaming import StreamOptions
+from megagen.sampling.streaming import StreamOptions, TimestepList
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,8 @@ class ValidationOptions(StrictOptions):
         run_at_end: sample after the last step.
         sampling_steps: solver steps; several make several sets.
         guidance_scale: 1 makes no unconditional pass.
-        sampler: ``unipc`` or ``euler``.
+        sampler: ``unipc``, ``euler`` or ``sde`` (of few-step students).
+        t_list: a few-step student's timesteps and a final 0, in place of ``sampling_steps``.
         num_frames: None: the dataset's (likewise ``height`` and ``width``).
         use_ema: sample with the average where the student has one.
         seed: of the noise.
@@ -62,6 +63,7 @@ class ValidationOptions(StrictOptions):
     sampling_steps: list[int] = Field(default_factory=lambda: [40], min_length=1)
     guidance_scale: float = Field(5.0, ge=0)
     sampler: SamplerName = "unipc"
+    t_list: TimestepList | None = None
     num_frames: int | None = Field(None, ge=1)
     height: int | None = Field(None, ge=1)
     width: int | None = Field(None, ge=1)
@@ -76,6 +78,11 @@ class ValidationOptions(StrictOptions):
         if not self.prompts and self.prompts_file is None:
             raise ValueError("names no prompt: give prompts or prompts_file")
         return self
+
+    @property
+    def step_counts(self) -> list[int]:
+        """Numbers of steps to sample with."""
+        return self.sampling_steps if self.t_list is None else [len(self.t_list) - 1]
 
 
 class ValidationCallback(Callback):
@@ -147,6 +154,7 @@ class ValidationCallback(Callback):
             "num_steps": num_steps,
             "guidance_scale": s.guidance_scale,
             "sampler": s.sampler,
+            "t_list": s.t_list,
             "seed": s.seed,
             "batch_size": s.batch_size,
             "stream": s.stream,
@@ -164,7 +172,7 @@ class ValidationCallback(Callback):
     def _sample_now(self, trainer: Trainer) -> None:
         assert self._pipeline is not None
         folder = trainer.output_dir / "validation" / f"step_{trainer.step:08d}"
-        for num_steps in self.settings.sampling_steps:
+        for num_steps in self.settings.step_counts:
             found = dict(self._pipeline.generate(self.prompts, self._options(num_steps)))
             videos = _on_main(found)
             if process.is_main():

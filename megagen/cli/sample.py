@@ -40,14 +40,16 @@ def sample(
         float | None, typer.Option(help="Of the low-noise expert; default the same.")
     ] = None,
     shift: Annotated[float | None, typer.Option(help="Flow shift; default the model's.")] = None,
-    sampler: Annotated[str, typer.Option(help="unipc or euler.")] = "unipc",
+    sampler: Annotated[
+        str, typer.Option(help="unipc, euler, or sde (few-step students).")
+    ] = "unipc",
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts sampled together.")] = 1,
     stream: Annotated[
         bool, typer.Option(help="Block by block, the file growing (causal networks).")
     ] = False,
     t_list: Annotated[
-        str | None, typer.Option(help="With --stream: a block's timesteps, as 1000,750,500,250.")
+        str | None, typer.Option(help="A few-step student's timesteps, as 1000,750,500,250.")
     ] = None,
     sample_type: Annotated[
         str, typer.Option(help="With --stream: noise of a step down, sde or ode.")
@@ -71,17 +73,15 @@ def sample(
     Examples: megagen sample --model runs/demo/teacher --prompt "a three moving left";
     megagen sample --run runs/wan --prompts-file prompts.txt --nproc 4 --tp-size 2;
     megagen sample --run runs/causal --prompt "rain" --stream --t-list 1000,750,500,250
-    --guidance-scale 1
+    --guidance-scale 1; a few-step student: megagen sample --run runs/few --prompt "rain"
+    --sampler sde --t-list 1000,750,500,250 --guidance-scale 1
     """
     if (model is None) == (run is None):
         raise ConfigError("give either --model or --run.", where="megagen sample")
-    if t_list is not None and not stream:
-        raise ConfigError(
-            "is for block-by-block sampling.", remedy="Add --stream.", where="--t-list"
-        )
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"found {precision!r}; it is fp32 or bf16.", where="--precision")
     prompts = read_prompts(prompt or [], prompts_file)
+    steps_down = _timesteps(t_list)
 
     from megagen.parallel.dims import ParallelDims
     from megagen.sampling import source as sources
@@ -106,7 +106,8 @@ def sample(
         negative_prompt=negative_prompt,
         seed=seed,
         batch_size=batch_size,
-        stream=_stream_options(t_list, sample_type, context_noise) if stream else None,
+        t_list=None if stream else steps_down,
+        stream=_stream_options(steps_down, sample_type, context_noise) if stream else None,
     )
     images = read_images(image or [], len(prompts), options)
     rate = fps or origin.spec.fps or 16
@@ -254,18 +255,24 @@ def _stream_here(
             file.close()
 
 
-def _stream_options(t_list: str | None, sample_type: str, context_noise: float) -> dict[str, Any]:
+def _stream_options(
+    t_list: list[float] | None, sample_type: str, context_noise: float
+) -> dict[str, Any]:
     """Of ``SamplingOptions.stream``."""
-    options: dict[str, Any] = {"sample_type": sample_type, "context_noise": context_noise}
-    if t_list is not None:
-        try:
-            steps = [float(part) for part in t_list.split(",")]
-        except ValueError:
-            raise ConfigError(
-                f"found {t_list!r}.", remedy="Give numbers, as 1000,750,500,250.", where="--t-list"
-            ) from None
-        options["t_list"] = steps if steps[-1] == 0 else [*steps, 0.0]
-    return options
+    return {"sample_type": sample_type, "context_noise": context_noise, "t_list": t_list}
+
+
+def _timesteps(given: str | None) -> list[float] | None:
+    """``--t-list`` with its final 0."""
+    if given is None:
+        return None
+    try:
+        steps = [float(part) for part in given.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"found {given!r}.", remedy="Give numbers, as 1000,750,500,250.", where="--t-list"
+        ) from None
+    return steps if steps[-1] == 0 else [*steps, 0.0]
 
 
 def file_name(position: int, prompt: str) -> str:

@@ -24,7 +24,10 @@ from megagen.core.errors import ConfigError, suggest
 Velocity = Callable[[Tensor, float], Tensor]
 """``predict(x_BCTHW, sigma) -> velocity_BCTHW``, fp32."""
 
-SamplerName = Literal["euler", "unipc"]
+FreshNoise = Callable[[int], Tensor]
+"""(number of the step, from 1) -> standard normal noise like the start."""
+
+SamplerName = Literal["euler", "unipc", "sde"]
 
 _SIGMA_MAX = 1 - 1e-6  # log-SNR is -inf at 1; the same offset as diffusers' scheduler
 
@@ -94,6 +97,21 @@ def euler(predict: Velocity, noise: Tensor, sigmas: Sequence[float]) -> Tensor:
     x = noise
     for sigma, following in itertools.pairwise(sigmas):
         x = x + (following - sigma) * predict(x, sigma)
+    return x
+
+
+def sde(
+    predict: Velocity, noise: Tensor, sigmas: Sequence[float], fresh_noise: FreshNoise
+) -> Tensor:
+    """Steps of few-step students: estimate x0, and noise it anew to the next sigma.
+
+    Consistency sampling, Song et al., arXiv 2303.01469, algorithm 1.
+    """
+    x = noise
+    for step, (sigma, following) in enumerate(itertools.pairwise(sigmas), 1):
+        x = x - sigma * predict(x, sigma)
+        if following > 0:
+            x = (1 - following) * x + following * fresh_noise(step)
     return x
 
 
@@ -174,15 +192,26 @@ SAMPLERS: dict[str, Callable[[Velocity, Tensor, Sequence[float]], Tensor]] = {
     "euler": euler,
     "unipc": unipc,
 }
-"""Samplers by name: ``sampler(predict, noise, sigmas) -> x0``."""
+"""Solvers of the ODE by name: ``sampler(predict, noise, sigmas) -> x0``."""
 
 
-def solve(name: str, predict: Velocity, noise: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Run the sampler called ``name``.
+def solve(
+    name: str,
+    predict: Velocity,
+    noise: Tensor,
+    sigmas: Sequence[float],
+    fresh_noise: FreshNoise | None = None,
+) -> Tensor:
+    """Run the sampler called ``name``; ``sde`` needs ``fresh_noise``.
 
     Raises:
-        ConfigError: no such sampler.
+        ConfigError: no such sampler, or no noise for it.
     """
+    if name == "sde":
+        if fresh_noise is None:
+            raise ConfigError("is sde, which draws noise, and none is given.", where="sampler")
+        return sde(predict, noise, sigmas, fresh_noise)
     if name not in SAMPLERS:
-        raise ConfigError(f"found {name!r};", remedy=suggest(name, SAMPLERS), where="sampler")
+        known = [*SAMPLERS, "sde"]
+        raise ConfigError(f"found {name!r};", remedy=suggest(name, known), where="sampler")
     return SAMPLERS[name](predict, noise, sigmas)

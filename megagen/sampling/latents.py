@@ -28,6 +28,8 @@ def sample_latents(
     shift: float | None = None,
     sampler: str = "unipc",
     micro_batch_size: int | None = None,
+    t_list: Sequence[float] | None = None,
+    fresh_noise: flow.FreshNoise | None = None,
 ) -> Tensor:
     """Solve the flow ODE. Collective over the roles' ranks.
 
@@ -39,8 +41,11 @@ def sample_latents(
         num_steps: solver steps.
         guidance_scale: one, or one for each role; at 1 no unconditional pass is made.
         shift: of the sigma grid; None: the first role's ``flow_shift``.
-        sampler: ``euler`` or ``unipc``.
+        sampler: ``euler``, ``unipc`` or ``sde``.
         micro_batch_size: samples of one forward pass; None: all.
+        t_list: timesteps in 0..1000 going down to a final 0, in place of ``num_steps`` and
+            ``shift``; None: the shifted grid.
+        fresh_noise: of the steps of ``sde``.
 
     Returns:
         Normalised latents x0, fp32 ``[B, C, T, H, W]``, on every rank.
@@ -62,7 +67,9 @@ def sample_latents(
     )
     grid_shift = experts[0].plugin.flow_shift if shift is None else shift
     sigmas = flow.shifted_sigmas(num_steps, grid_shift)
-    return flow.solve(sampler, velocity, noise_BCTHW.float(), sigmas)
+    if t_list is not None:
+        sigmas = [timestep / 1000 for timestep in t_list]
+    return flow.solve(sampler, velocity, noise_BCTHW.float(), sigmas, fresh_noise)
 
 
 def _one_each(scale: float | Sequence[float], count: int) -> list[float]:

@@ -28,7 +28,12 @@ from megagen.engine.role import Role
 from megagen.parallel.mesh import Mesh
 from megagen.sampling.flow import SamplerName
 from megagen.sampling.latents import Condition, sample_latents
-from megagen.sampling.streaming import StreamOptions, check_causal, stream_latents
+from megagen.sampling.streaming import (
+    StreamOptions,
+    TimestepList,
+    check_causal,
+    stream_latents,
+)
 
 
 class SamplingOptions(StrictOptions):
@@ -40,7 +45,10 @@ class SamplingOptions(StrictOptions):
         guidance_scale: 1 makes no unconditional pass.
         guidance_scale_2: of the second (low-noise) expert; None: the same.
         shift: of the sigma grid; None: the model's.
-        sampler: ``unipc`` or ``euler``.
+        sampler: ``unipc``, ``euler`` or ``sde`` (fresh noise at every step, as few-step students
+            are trained by default).
+        t_list: a few-step student's timesteps in 0..1000 going down to a final 0; None:
+            ``num_steps`` evenly spaced ones, shifted.
         negative_prompt: text of the unconditional branch; None: the source's own.
         seed: of the noise.
         batch_size: prompts sampled together by one data rank.
@@ -55,6 +63,7 @@ class SamplingOptions(StrictOptions):
     guidance_scale_2: float | None = Field(default=None, ge=0)
     shift: float | None = Field(default=None, gt=0)
     sampler: SamplerName = "unipc"
+    t_list: TimestepList | None = None
     negative_prompt: str | None = None
     seed: int = 0
     batch_size: int = Field(default=1, ge=1)
@@ -233,7 +242,8 @@ class VideoPipeline:
             made = self.blocks(prompts, positions, options, images_THWC)
             return torch.cat([latents for _, latents in made], dim=2)
         shape = self.codec.latent_shape(options.num_frames, options.height, options.width)
-        noise = Streams(options.seed).normal("sample", 0, positions, shape)
+        streams = Streams(options.seed)
+        noise = streams.normal("sample", 0, positions, shape)
         given = self._image_condition(images_THWC, options) if images_THWC else {}
         first_scale, second_scale = options.guidance_scale, options.guidance_scale_2
         scales = [first_scale, first_scale if second_scale is None else second_scale]
@@ -247,6 +257,10 @@ class VideoPipeline:
             guidance_scale=scales[: len(self.roles)],
             shift=options.shift,
             sampler=options.sampler,
+            t_list=options.t_list,
+            fresh_noise=lambda k: streams.normal(f"sample/step/{k}", 0, positions, shape).to(
+                device
+            ),
         )
         if "first_frame_latents_BCTHW" in given:
             first = given["first_frame_latents_BCTHW"].to(device)

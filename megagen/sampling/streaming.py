@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from megagen.core.errors import ConfigError
@@ -32,6 +32,17 @@ FreshNoise = Callable[[str, range], Tensor]
 """(what for, latent frames) -> standard normal noise of these frames, ``[B, C, T, H, W]``."""
 
 
+def _goes_down(steps: list[float]) -> list[float]:
+    falls = all(a > b for a, b in itertools.pairwise(steps))
+    if len(steps) < 2 or not falls or steps[0] > 1000 or steps[-1] != 0:
+        raise ValueError("timesteps go down from at most 1000 to a final 0")
+    return steps
+
+
+TimestepList = Annotated[list[float], AfterValidator(_goes_down)]
+"""Timesteps of a few-step student, checked."""
+
+
 class StreamOptions(StrictOptions):
     """How each block is made.
 
@@ -42,18 +53,9 @@ class StreamOptions(StrictOptions):
         context_noise: timestep in 0..1000 at which finished blocks go into the cache; 0: clean.
     """
 
-    t_list: list[float] | None = None
+    t_list: TimestepList | None = None
     sample_type: Literal["sde", "ode"] = "sde"
     context_noise: float = Field(0.0, ge=0, le=1000)
-
-    @field_validator("t_list")
-    @classmethod
-    def _goes_down(cls, steps: list[float] | None) -> list[float] | None:
-        if steps is not None:
-            falls = all(a > b for a, b in itertools.pairwise(steps))
-            if len(steps) < 2 or not falls or steps[0] > 1000 or steps[-1] != 0:
-                raise ValueError("timesteps go down from at most 1000 to a final 0")
-        return steps
 
     def sigmas(self, num_steps: int, shift: float) -> list[float]:
         """Noise levels of a block's steps, going down, and a final 0."""

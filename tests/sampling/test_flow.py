@@ -101,6 +101,23 @@ def test_one_euler_step_is_the_x0_prediction() -> None:
     torch.testing.assert_close(flow.euler(gaussian_velocity, noise, [1.0, 0.0]), expected)
 
 
+def test_sde_is_one_estimate_a_step_and_fresh_noise_between() -> None:
+    noise, drawn = fresh(16), {1: fresh(16), 2: fresh(16)}
+    sigmas = [1.0, 0.75, 0.3, 0.0]
+    x = noise
+    for k, sigma in enumerate(sigmas[:-1]):
+        x0 = x - sigma * crooked_velocity(x, sigma)
+        following = sigmas[k + 1]
+        x = x0 if k == 2 else x0 + following * (drawn[k + 1] - x0)
+    ours = flow.solve("sde", crooked_velocity, noise, sigmas, drawn.__getitem__)
+    torch.testing.assert_close(ours, x)
+
+
+def test_sde_without_noise_is_refused() -> None:
+    with pytest.raises(ConfigError, match="draws noise"):
+        flow.solve("sde", crooked_velocity, fresh(2), [1.0, 0.0])
+
+
 def test_grid_is_shifted_and_ends_at_zero() -> None:
     assert flow.shifted_sigmas(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
     shifted = flow.shifted_sigmas(4, 3.0)
