@@ -167,10 +167,35 @@ class SelfForcingMethod(DMD2Method):
     # -- what DMD2 asks for ------------------------------------------------------------------------
     def generate(self, draws: Sequence[Draw]) -> list[Tensor]:
         """The student's videos x0, without gradient."""
-        return [video.x0_BCTHW for video in self.roll([draw.rollout for draw in draws])]
+        groups = [self.roll([draw.rollout for draw in group]) for group in self.groups(draws)]
+        return [video.x0_BCTHW for videos in groups for video in videos]
 
     def student_pass(self, draws: Sequence[Draw]) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
-        """Rollout, scores of the whole videos, and the gradient at each block's exit step."""
+        """All groups' gradients; losses and samples of every micro-batch."""
+        losses: list[dict[str, Tensor]] = []
+        samples: list[Tensor] = []
+        self.student.zero_grad()
+        for group in self.groups(draws):
+            found = self.group_pass(group, len(draws), len(draws) - len(samples) - len(group))
+            losses += found[0]
+            samples += found[1]
+        return losses, samples
+
+    def groups(self, draws: Sequence[Draw]) -> list[Sequence[Draw]]:
+        """Micro-batches that are worked on together."""
+        size = self.options.micro_batches_at_once or len(draws)
+        return [draws[start : start + size] for start in range(0, len(draws), size)]
+
+    def group_pass(
+        self, draws: Sequence[Draw], num_draws: int, num_left: int
+    ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+        """Rollout, scores of the whole videos, and the gradient at each block's exit step.
+
+        Args:
+            draws: of the group.
+            num_draws: of all groups: the loss is the mean over them.
+            num_left: of the groups behind this one.
+        """
         rollouts = [draw.rollout for draw in draws]
         videos = self.roll(rollouts)
         samples = [video.x0_BCTHW for video in videos]
@@ -180,10 +205,10 @@ class SelfForcingMethod(DMD2Method):
             x0 = video.x0_BCTHW.detach().requires_grad_()
             terms = self.sample_loss(x0, target)
             (gradient,) = torch.autograd.grad(terms["loss"], x0)
+            gradient *= len(draws) / num_draws
             requests += self.trained_blocks(rollout, video, gradient)
             losses.append({name: value.detach() for name, value in terms.items()})
-        self.student.zero_grad()
-        self.student.forward_backward(requests, block_loss)
+        self.student.forward_backward(requests, block_loss, more_to_come=num_left > 0)
         return losses, samples
 
     def trained_blocks(self, draw: BlocksDraw, video: Video, gradient: Tensor) -> list[Request]:

@@ -34,6 +34,8 @@ class SelfForcingOptions(DMD2Options):
             and learned from. None: as many as the sample has.
         given_frames: so many of the sample's first frames are given (image to video); rollouts
             continue them. They are scored with the rest and get no gradient.
+        micro_batches_at_once: micro-batches whose rollouts go side by side. A rank holds the caches
+            of so many; pipeline stages are kept busy by several. None: all of a step.
         kv_grad: the gradient of a block stops at the cache of the blocks before it.
     """
 
@@ -46,6 +48,7 @@ class SelfForcingOptions(DMD2Options):
     start_gradient_frame: int = Field(0, ge=0)
     num_training_frames: int | None = Field(None, ge=1)
     given_frames: int = Field(0, ge=0)
+    micro_batches_at_once: int | None = Field(None, ge=1)
     kv_grad: Literal["stop"] = "stop"
 
     @property

@@ -39,6 +39,7 @@ VARIANTS: dict[str, tuple[Rule, dict[str, Any]]] = {
             "student_sample_type": "ode",
             "context_noise": 40.0,
             "start_gradient_frame": 1,
+            "micro_batches_at_once": 1,
             "share_rollout": False,
         },
     ),
