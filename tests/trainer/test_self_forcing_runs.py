@@ -1,0 +1,70 @@
+"""A whole run of self-forcing from texts alone, under three layouts, stopped and resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagen.cli.main import main
+from megagen.cli.train import run_training
+from megagen.config.load import load_run_config
+from tests.trainer.synthetic import write_config
+from tests.trainer.test_dmd2_runs import THREE_LAYOUTS, curve, data, tree_of
+from tests.trainer.test_runs import read_metrics
+
+__all__ = ["data"]  # a fixture
+
+RECIPES = Path(__file__).parents[2] / "configs" / "wan"
+ONE = (1, {})
+
+
+def run(data: Path, output: Path, layout: Any, *, steps: int = 4) -> list[dict[str, float]]:
+    ranks, layouts = layout
+    tree = tree_of(data, output, layouts, text_only=True)
+    tree["models"]["student"] |= {"_target_": "wan_causal", "num_frames_per_block": 2}
+    tree["method"] = {
+        "_target_": "self_forcing",
+        "dmd_denoising_steps": [1000, 750, 500, 250],
+        "warp_denoising_step": True,
+        "same_step_across_blocks": True,
+        "context_noise": 20.0,
+        "num_training_frames": 5,
+        "generator_update_interval": 2,
+        "real_score_guidance_scale": 3.0,
+        "fake_score_learning_rate": 4e-3,
+    }
+    tree["training"]["data"] |= {"latent_shape": [4, 3, 4, 4]}
+    tree["training"]["checkpoint"]["training_state_checkpointing_steps"] = 0
+    tree["training"]["loop"]["max_train_steps"] = steps
+    file = write_config(output.parent / f"{output.name}.yaml", tree)
+    run_training(load_run_config(file), ranks=ranks, fork=True)
+    return read_metrics(output)
+
+
+def test_three_layouts_stopped_and_resumed(data: Path, tmp_path: Path) -> None:
+    whole = run(data, tmp_path / "whole", THREE_LAYOUTS)
+    assert [m["update_student"] for m in whole] == [0, 1, 0, 1]
+    assert curve(whole) == pytest.approx(curve(run(data, tmp_path / "one", ONE)), rel=1e-5)
+    run(data, tmp_path / "parts", THREE_LAYOUTS, steps=3)
+    assert curve(run(data, tmp_path / "parts", THREE_LAYOUTS)) == curve(whole)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "ranks", "said"),
+    [
+        ("diffusion_forcing_1.3b", 8, "1419.00 M parameters"),
+        ("self_forcing_1.3b", 64, "[16, 21, 60, 104]"),
+    ],
+)
+def test_recipes(recipe: str, ranks: int, said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without the hub: the architecture is a preset's."""
+    file = RECIPES / f"{recipe}.yaml"
+    words = ["train", "--config", str(file), "--dry-run", "--world-size", str(ranks)]
+    for role in load_run_config(file).models:
+        words += [f"--models.{role}.init_from", "none"]
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert not stop.value.code
+    assert said in capfd.readouterr().out
