@@ -30,6 +30,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.fastgen
+	$(BIN)/python -m benchmarks.dmd2_memory
 
 docs: setup
 	$(BIN)/python docs/config_reference.py
