@@ -156,8 +156,8 @@ class DMD2Options(ScoreTimeOptions, GANOptions):
         if self.has_discriminator:
             name = self.discriminator.feature_source
             judged = (2 + (self.gan_r1_reg_weight > 0)) * of_critic
-            forward, training = found[name]
-            found[name] = Passes(forward + judged + 2 * of_student, training)
+            forward = found[name].forward + judged + 2 * of_student
+            found[name] = found[name]._replace(forward=forward)
         return found
 
     def check(self, plugins: Mapping[str, ModelPlugin]) -> None:

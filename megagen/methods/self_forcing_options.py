@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -11,7 +12,7 @@ from megagen.core.errors import ConfigError
 from megagen.methods.diffusion_forcing import check_chunk
 from megagen.methods.dmd2_options import DMD2Options
 from megagen.methods.teacher_forcing import require_causal
-from megagen.models.base import ModelPlugin
+from megagen.models.base import ModelPlugin, Passes
 
 
 class SelfForcingOptions(DMD2Options):
@@ -57,6 +58,12 @@ class SelfForcingOptions(DMD2Options):
         if self.last_step_only:
             return float(len(self.dmd_denoising_steps or (self.t_list or [0.0])[:-1]))
         return super().rollout_passes + 1
+
+    def passes(self) -> dict[str, Passes]:
+        """DMD2's, and the caches that wait for the blocks' backward passes."""
+        found = super().passes()
+        found["student"] = found["student"]._replace(cached=self.micro_batches_at_once or math.inf)
+        return found
 
     def check(self, plugins: Mapping[str, ModelPlugin]) -> None:
         """DMD2's checks, and those of the rollout.

@@ -62,10 +62,17 @@ class BlockTap(Protocol):
 
 
 class Passes(NamedTuple):
-    """Passes of each sample through a network in a step, on average over steps."""
+    """Passes of each sample through a network in a step, on average over steps.
+
+    Args:
+        forward: without gradient.
+        training: with it.
+        cached: micro-batches of a data rank whose keys and values are held at once; at most all.
+    """
 
     forward: float = 0.0
     training: float = 0.0
+    cached: float = 0.0
 
     def in_forwards(self, *, is_adapted: bool) -> float:
         """The work in forward passes: a training pass is three, two where the base is frozen."""

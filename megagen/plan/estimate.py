@@ -13,13 +13,15 @@ Memory = weights + gradients + optimizer states + EMA + activations, in bytes:
 * activations: per token and layer ``18 D + 2 F`` numbers are kept without recomputation,
   ``12 D + F`` with selective (attention and MLP inside recomputed), ``D`` with full, where D is the
   hidden and F the FFN size. TP divides the FFN and attention part, sequence parallelism the rest.
-  A pipeline stage keeps as many micro-batches as there are stages after it, at most all of them.
+  A pipeline stage keeps as many micro-batches as there are stages after it, at most all of them;
+* caches of rollouts: keys and values of every token and layer, 2 D numbers, divided by TP, PP and
+  the all-to-all of CP, of the micro-batches whose rollouts wait for their backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megagen.models.base import ModelPlugin, Passes
 from megagen.parallel.dims import ParallelDims
@@ -36,11 +38,12 @@ class Memory:
     optimizer: float
     ema: float
     activations: float
+    caches: float
 
     @property
     def total(self) -> float:
         """Sum of all uses."""
-        return self.weights + self.gradients + self.optimizer + self.ema + self.activations
+        return float(sum(getattr(self, field.name) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Load:
         passes: of each sample in a step.
         adapters: parameters of LoRA, which alone are trained; None: the whole network is.
         borrows_base: the base weights are another role's.
+        cached_micro_batches: whose keys and values are held at once.
     """
 
     dims: ParallelDims
@@ -76,6 +80,7 @@ class Load:
     passes: Passes
     adapters: int | None = None
     borrows_base: bool = False
+    cached_micro_batches: float = 0.0
 
 
 def memory(plugin: ModelPlugin, load: Load) -> Memory:
@@ -95,7 +100,16 @@ def memory(plugin: ModelPlugin, load: Load) -> Memory:
         optimizer=states * trained,
         ema=4 * trained if load.ema else 0.0,
         activations=element * _activation_numbers(plugin, load),
+        caches=element * _cached_numbers(plugin, load),
     )
+
+
+def _cached_numbers(plugin: ModelPlugin, load: Load) -> float:
+    dims = load.dims
+    tokens = load.micro_batch_size * plugin.num_tokens(load.latent_shape)
+    parts = dims.tp_size * dims.pp_size * (dims.cp_size if dims.cp_comm_type == "a2a" else 1)
+    numbers = 2 * tokens * plugin.hidden_size * plugin.num_layers / parts
+    return numbers * load.cached_micro_batches
 
 
 def _activation_numbers(plugin: ModelPlugin, load: Load) -> float:

@@ -106,14 +106,16 @@ def _role(
     ]
     if latent_shape is None:
         return lines, 0.0
-    micro, micros, _ = batch_layout(config, world_size)
+    micro, micros, num_data_ranks = batch_layout(config, world_size)
     distributed = config.role_distributed(name)
+    # a replica under another layout works on several data ranks' micro-batches, or on a share
+    replicas = distributed.dims().dp_size(world_size)
     load = Load(
         dims=distributed.dims(),
         world_size=world_size,
         latent_shape=latent_shape,
         micro_batch_size=micro,
-        num_micro_batches=micros,
+        num_micro_batches=max(1, micros * num_data_ranks // replicas),
         trainable=role.trainable,
         bf16=(role.precision or config.training.precision) == "bf16",
         recompute=role.recompute or config.training.recompute,
@@ -122,12 +124,14 @@ def _role(
         adapters=adapters,
         borrows_base=name in config.base_sharers()[1:],
         passes=passes,
+        cached_micro_batches=min(passes.cached, micros) * max(1, num_data_ranks // replicas),
     )
     used = memory(plugin, load)
     lines.append(
         f"{'':<10} {used.total / GB:.2f} GB per rank: weights {used.weights / GB:.2f}, gradients "
         f"{used.gradients / GB:.2f}, optimizer {used.optimizer / GB:.2f}, ema {used.ema / GB:.2f}, "
         f"activations {used.activations / GB:.2f}"
+        + (f", caches {used.caches / GB:.2f}" if used.caches else "")
     )
     tokens = plugin.num_tokens(latent_shape)
     work = step_flops(plugin, load, text_len) / 1e12

@@ -226,7 +226,7 @@ def test_passes_are_what_the_plan_says() -> None:
     options = {**BASE, "last_step_only": True}
     (found,) = run_ranks(1, count_passes, weights(), options)
     parsed = parse_options(SelfForcingMethod.Options, options, "")
-    assert found == tuple(SelfForcingMethod.passes(parsed)["student"])
+    assert found == SelfForcingMethod.passes(parsed)["student"][:2]
 
 
 def test_options_are_checked() -> None:

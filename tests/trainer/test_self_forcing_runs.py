@@ -54,11 +54,15 @@ def test_three_layouts_stopped_and_resumed(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "ranks", "said"),
     [
-        ("diffusion_forcing_1.3b", 8, "1419.00 M parameters"),
-        ("self_forcing_1.3b", 64, "[16, 21, 60, 104]"),
+        ("diffusion_forcing_1.3b", 8, ["1419.00 M parameters"]),
+        # keys and values of 32760 tokens, 30 layers of 1536, in bf16: 6.04 GB; two passes of the
+        # teacher over 64 samples in each fifth step, on 8 replicas
+        ("self_forcing_1.3b", 64, ["[16, 21, 60, 104]", "caches 6.04", "42966.279 TFLOP"]),
     ],
 )
-def test_recipes(recipe: str, ranks: int, said: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_recipes(
+    recipe: str, ranks: int, said: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
     """Without the hub: the architecture is a preset's."""
     file = RECIPES / f"{recipe}.yaml"
     words = ["train", "--config", str(file), "--dry-run", "--world-size", str(ranks)]
@@ -67,4 +71,5 @@ def test_recipes(recipe: str, ranks: int, said: str, capfd: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert not stop.value.code
-    assert said in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert all(words in printed for words in said)
