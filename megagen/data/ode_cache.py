@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from megagen.core.errors import ConfigError, DataError
@@ -32,7 +32,7 @@ from megagen.core.options import StrictOptions, parse_options
 from megagen.data.manifest import write_json
 
 MANIFEST = "paths.json"
-STATES, END = "states_KCTHW", "x0_CTHW"
+STATES, END, FACTS = "states_KCTHW", "x0_CTHW", "path"
 
 PathDtype = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -109,7 +109,9 @@ class OdeCache:
         target = self.path(sample.key)
         temporary = target.with_name(f".{target.name}.tmp")
         with temporary.open("wb") as file:
-            file.write(save(tensors, metadata={**facts, "digest": _digest(facts, tensors)}))
+            # one key, for safetensors writes several in any order
+            text = json.dumps({**facts, "digest": _digest(facts, tensors)}, ensure_ascii=False)
+            file.write(save(tensors, metadata={FACTS: text}))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
@@ -153,9 +155,9 @@ class OdeCache:
     def _load(self, key: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         path = self.path(key)
         try:
-            with safe_open(path, framework="pt") as file:
-                facts = dict(file.metadata() or {})
-                tensors = {name: file.get_tensor(name) for name in (STATES, END)}
+            data = path.read_bytes()  # not mapped: another process may put a new file there
+            tensors = load(data)
+            facts: dict[str, str] = json.loads(_header(data)["__metadata__"][FACTS])
             if facts.pop("digest") != _digest(facts, tensors) or facts["key"] != str(key):
                 raise ValueError("its digest is not that of its content")
         except FileNotFoundError:
@@ -165,7 +167,7 @@ class OdeCache:
                 "one directory.",
                 where=str(path),
             ) from None
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, struct.error) as error:
             raise DataError(
                 f"is corrupt ({error}).",
                 remedy="Delete it and start the run again with its teacher, which makes it anew.",
@@ -258,15 +260,21 @@ def _digest(facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _header(data: bytes) -> dict[str, Any]:
+    """Of a safetensors file, which begins with its length."""
+    (length,) = struct.unpack_from("<Q", data)
+    header: dict[str, Any] = json.loads(data[8 : 8 + length])
+    return header
+
+
 def _has_its_size(path: Path) -> bool:
     """Whether a safetensors file is as long as its header says."""
     try:
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            begin = file.read(8)
+            (length,) = struct.unpack("<Q", begin)
             size = os.fstat(file.fileno()).st_size
-            if length > size:
-                return False
-            header = json.loads(file.read(length))
+            header = _header(begin + file.read(min(length, size)))
         ends = [v["data_offsets"][1] for name, v in header.items() if name != "__metadata__"]
         return bool(ends) and 8 + length + max(ends) == size
     except (OSError, ValueError, KeyError, TypeError, struct.error):

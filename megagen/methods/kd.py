@@ -34,7 +34,8 @@ from megagen.methods.base import (
     mean_metrics,
 )
 from megagen.methods.few_step import Share, check_in_range, draw_keys, x0_of
-from megagen.methods.ode_paths import TEACHERS, PathMaker, PathOptions, PathPlan, PathReader
+from megagen.methods.ode_paths import TEACHERS, PathMaker, PathPlan, PathReader
+from megagen.methods.path_options import PathOptions
 from megagen.models.base import ModelPlugin, Request
 
 log = get_logger(__name__)
