@@ -144,7 +144,7 @@ class FineTuneMethod(TrainingMethod):
     def loss(self, velocity_BCTHW: Tensor, request: Request) -> dict[str, Tensor]:
         """``mean_B w ||v - (eps - x0)||^2`` over all latent elements, fp32."""
         error = velocity_BCTHW.float() - request.extra["target_BCTHW"].to(velocity_BCTHW.device)
-        weight = expand_like(request.extra["weight"], error)
+        weight = expand_like(request.extra["weight"].to(error.device), error)
         return {"loss": (weight * error.square()).mean()}
 
 

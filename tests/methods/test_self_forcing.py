@@ -103,11 +103,15 @@ def test_losses_and_gradients_from_the_formulas(variant: str) -> None:
     check(found, expected(variant, 2))
 
 
+INTERLEAVED = ParallelDims(pp_size=2, virtual_pp_size=2)
+OWN_LAYOUTS = {**LAYOUTS, "vpp2": (2, *[INTERLEAVED] * 4)}
+
+
 @pytest.mark.parametrize(
-    ("layout", "schedule"), [*((name, "replay") for name in LAYOUTS), ("pp2", "hold")]
+    ("layout", "schedule"), [*((name, "replay") for name in OWN_LAYOUTS), ("pp2", "hold")]
 )
 def test_five_steps_under_every_layout(layout: str, schedule: str) -> None:
-    num_ranks, data, *layouts = LAYOUTS[layout]
+    num_ranks, data, *layouts = OWN_LAYOUTS[layout]
     settings = {"schedule": schedule}
     found = run_ranks(num_ranks, run, weights(), data, layouts, "exit_per_block", 5, settings)
     check(found, expected("exit_per_block", 5))

@@ -20,8 +20,8 @@ RECIPES = Path(__file__).parents[2] / "configs" / "wan"
 ONE = (1, {})
 
 
-def run(data: Path, output: Path, layout: Any, *, steps: int = 4) -> list[dict[str, float]]:
-    ranks, layouts = layout
+def rollout_tree(data: Path, output: Path, layouts: Any) -> dict[str, Any]:
+    """Three tiny Wans, the student causal."""
     tree = tree_of(data, output, layouts, text_only=True)
     tree["models"]["student"] |= {"_target_": "wan_causal", "num_frames_per_block": 2}
     tree["method"] = {
@@ -37,6 +37,15 @@ def run(data: Path, output: Path, layout: Any, *, steps: int = 4) -> list[dict[s
     }
     tree["training"]["data"] |= {"latent_shape": [4, 3, 4, 4]}
     tree["training"]["checkpoint"]["training_state_checkpointing_steps"] = 0
+    return tree
+
+
+def run(
+    data: Path, output: Path, layout: Any, *, steps: int = 4, precision: str = "fp32"
+) -> list[dict[str, float]]:
+    ranks, layouts = layout
+    tree = rollout_tree(data, output, layouts)
+    tree["training"]["precision"] = precision
     tree["training"]["loop"]["max_train_steps"] = steps
     file = write_config(output.parent / f"{output.name}.yaml", tree)
     run_training(load_run_config(file), ranks=ranks, fork=True)
@@ -47,6 +56,8 @@ def test_three_layouts_stopped_and_resumed(data: Path, tmp_path: Path) -> None:
     whole = run(data, tmp_path / "whole", THREE_LAYOUTS)
     assert [m["update_student"] for m in whole] == [0, 1, 0, 1]
     assert curve(whole) == pytest.approx(curve(run(data, tmp_path / "one", ONE)), rel=1e-5)
+    rounded = run(data, tmp_path / "bf16", THREE_LAYOUTS, precision="bf16")
+    assert curve(rounded) == pytest.approx(curve(whole), rel=0.05)
     run(data, tmp_path / "parts", THREE_LAYOUTS, steps=3)
     assert curve(run(data, tmp_path / "parts", THREE_LAYOUTS)) == curve(whole)
 
