@@ -29,7 +29,8 @@ SHAPE = (4, 3, 5, 2)
 
 
 def make(path: Any, *, rank: int = 0, ranks: int = 1, **changes: Any) -> Loader:
-    data = parse_options(DataOptions, {"data_path": str(path), **changes}, "training.data")
+    name = path if isinstance(path, dict) else str(path)
+    data = parse_options(DataOptions, {"data_path": name, **changes}, "training.data")
     return Loader(data, data_rank=rank, data_size=ranks, streams=Streams(11))
 
 
@@ -334,3 +335,20 @@ def test_the_cache_saves_reading_and_keeps_its_size(own: Path) -> None:
     assert flat(small, range(28)) == flat(cached, range(28))
     kept = [table.nbytes for table in small.reader._cache.values()]
     assert 0 < sum(kept) == small.reader._cached <= 350_000
+
+
+def test_samples_by_their_keys(own: Path, foreign: tuple[Path, list[dict[str, Any]]]) -> None:
+    loader = make(own, micro_batch_size=2, caption_dropout=0.5, caption_dropout_to="zeros")
+    groups = loader.key_groups()
+    keys = [key for group in groups for key in group]
+    assert len(groups) == 3 and sorted(keys) == list(range(14))
+    trained = make(own, micro_batch_size=2)
+    for batch in (b for step in range(7) for b in trained.step_batches(step)):
+        found = loader.batch_of(batch.keys)  # captions are kept
+        assert _same(found, batch) and found.keys == found.positions == batch.keys
+    assert loader.batch_of([groups[1][0]]).latent_shape == loader.latent_shapes[1]
+    twice = make({str(foreign[0]): 2})
+    (group,) = twice.key_groups()
+    assert sorted(group) == list(range(26))
+    assert twice.provenance()["num_samples"] == 26
+    assert loader.provenance()["text_encoder"][0]["name"] == "hashed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,10 @@ from megagen.core.options import parse_options
 from megagen.core.streams import Streams
 from megagen.data.ode_cache import OdeCache, PathSample, read_manifest
 from megagen.methods import ode_paths
+from megagen.methods.diffusion_forcing import frame_chunks
 from megagen.methods.kd import KDMethod, states_at
 from megagen.methods.kd_causal import KDCausalMethod
+from megagen.models.base import Request
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
 from megagen.parallel.mesh import Mesh
@@ -288,6 +291,37 @@ def test_experts(tmp_path: Path) -> None:
         check("high", "high", t_list=[1000, 937, 0])
 
 
+def solve_by_experts(given: list[cases.Weights], folder: Path) -> tuple[Tensor, Tensor]:
+    """In a rank: a path of two networks, and the same by a plain loop over them."""
+    roles = {}
+    for name, expert, tensors in (("teacher", "high", given[0]), ("teacher_2", "low", given[1])):
+        roles[name] = cases.make_role(tensors, SINGLE, name=name, trainable=False)
+        roles[name].plugin = cases.make_plugin(
+            expert=expert, boundary_ratio=0.875, flow_shift=kd.SHIFT
+        )
+    changes = {"teacher_guidance_scale_2": 2.0, "teacher_path_cache": str(folder)}
+    options = parse_options(KDMethod.Options, {**OPTIONS, **changes}, "method")
+    samples = kd.TextSamples(dmd2.LATENTS)
+    plan = ode_paths.PathPlan((1000.0,), (1000.0,), ())
+    maker = ode_paths.PathMaker(
+        options, list(roles.values()), Streams(dmd2.SEED), kd.facts(samples), plan
+    )
+    batch = samples.batch_of([3, 4])
+    (x,), end = maker.solve(batch)
+    grid = options.grid({"student": roles["teacher"].plugin})
+    for sigma, below in itertools.pairwise(grid):
+        name, scale = ("teacher", 3.0) if sigma > 0.875 else ("teacher_2", 2.0)
+        request = Request(x, torch.full((2,), 1000 * sigma), batch.condition)
+        cond, uncond = roles[name].predict([request, maker.unconditional(request)])
+        x = x + (below - sigma) * (uncond + scale * (cond - uncond))
+    return end, x
+
+
+def test_a_path_of_two_experts(tmp_path: Path) -> None:
+    ((found, wanted),) = run_ranks(1, solve_by_experts, weights(), tmp_path)
+    assert cases.relative(found, wanted) < 1e-6
+
+
 def test_a_path_belongs_to_its_sample(whole: Path) -> None:
     method_options = {**OPTIONS, "teacher_path_cache": str(whole)}
     reader = ode_paths.PathReader(
@@ -312,6 +346,11 @@ def test_each_frame_comes_from_its_own_state() -> None:
     found = states_at(states, place)[:, 0, :, 0, 0]
     assert found.tolist() == [[0, 1, 10, 11], [16, 21, 14, 19]]
     assert torch.equal(states_at(states, torch.tensor([1, 2])), states[[0, 1], [1, 2]])
+
+
+def test_chunks_of_a_bidirectional_student() -> None:
+    assert frame_chunks(cases.make_plugin(), None, 7) == [range(3), range(3, 6), range(6, 7)]
+    assert frame_chunks(cases.make_plugin(), 4, 4) == [range(4)]
 
 
 def test_chunks_are_the_causal_networks_blocks(tmp_path: Path) -> None:

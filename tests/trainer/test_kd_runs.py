@@ -63,13 +63,15 @@ def config(
     steps: int = STEPS,
     target: str = "kd",
     drop_teacher: bool = False,
+    as_it_is: bool = False,
     **method: Any,
 ) -> Any:
-    """A tiny Wan and its teacher, on texts alone."""
+    """A tiny Wan and its teacher, on texts alone; ``as_it_is``: not causal."""
     tree = config_tree(data, output)
     student = tree["models"]["student"]
-    causal = {"_target_": "wan_causal", "num_frames_per_block": 1} if "causal" in target else {}
-    tree["models"] = {"student": {**student, **causal}, "teacher": {**student, "trainable": False}}
+    causal = "causal" in target and not as_it_is
+    model = {"_target_": "wan_causal", "num_frames_per_block": 1} if causal else {}
+    tree["models"] = {"student": {**student, **model}, "teacher": {**student, "trainable": False}}
     for name, layout in (layouts or {}).items():
         tree["models"][name] = {**tree["models"][name], "distributed": layout}
     if drop_teacher:
@@ -195,6 +197,13 @@ def test_a_causal_student_on_the_same_paths(
         data, tmp_path / "two", whole[1], layouts, ranks=2, target="kd_causal", drop_teacher=False
     )
     assert again == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_bidirectional_student_in_chunks(
+    data: Path, tmp_path: Path, whole: tuple[list[float], Path]
+) -> None:
+    found = run(data, tmp_path / "run", whole[1], target="kd_causal", chunk_size=1, as_it_is=True)
+    assert len(found) == len(whole[0]) and found != whole[0]
 
 
 def test_what_is_wrong_is_said_before_anything_is_made(
