@@ -22,9 +22,9 @@ from megagen.core.options import StrictOptions
 from megagen.core.streams import Streams
 from megagen.data.batch import Batch
 from megagen.engine.head import Head
-from megagen.engine.role import Role
+from megagen.engine.role import LossFn, Role
 from megagen.engine.settings import OptimizerSettings
-from megagen.models.base import ModelPlugin, Passes
+from megagen.models.base import ModelPlugin, Passes, Request
 
 
 @dataclass
@@ -190,6 +190,18 @@ class TrainingMethod(ABC):
     def student(self) -> Role:
         """The network that is trained."""
         return self.roles["student"]
+
+    def regress(self, requests: Sequence[Request], loss_fn: LossFn) -> StepResult:
+        """One update of the student by the mean of a loss over ``requests``."""
+        self.student.zero_grad()
+        losses = self.student.forward_backward(requests, loss_fn)
+        info = self.student.step()
+        metrics = mean_metrics(losses, "loss") | {
+            "grad_norm/student": info.grad_norm,
+            "lr/student": info.learning_rate,
+        }
+        metrics["loss/total"] = metrics.pop("loss/loss")
+        return StepResult(metrics, skipped=("student",) if info.skipped else ())
 
 
 def mean_metrics(losses: Sequence[Mapping[str, Tensor | float]], prefix: str) -> dict[str, float]:

@@ -22,7 +22,7 @@ from megagen.core.streams import Streams
 from megagen.data.batch import Batch
 from megagen.engine.role import Role
 from megagen.fastgen.flow_matching import add_noise, expand_like, shift_sigma, velocity_target
-from megagen.methods.base import RunFacts, StepResult, TrainingMethod, mean_metrics
+from megagen.methods.base import RunFacts, StepResult, TrainingMethod
 from megagen.models.base import Request
 
 Distribution = Literal["uniform", "logit_normal", "mode", "shifted"]
@@ -76,16 +76,7 @@ class FineTuneMethod(TrainingMethod):
 
     def train_step(self, batches: Sequence[Batch], step: int) -> StepResult:
         """Draw, forward and backward over the micro-batches, update the student."""
-        requests = [self.draw(batch, step) for batch in batches]
-        self.student.zero_grad()
-        losses = self.student.forward_backward(requests, self.loss)
-        info = self.student.step()
-        metrics = mean_metrics(losses, "loss") | {
-            "grad_norm/student": info.grad_norm,
-            "lr/student": info.learning_rate,
-        }
-        metrics["loss/total"] = metrics.pop("loss/loss")
-        return StepResult(metrics, skipped=("student",) if info.skipped else ())
+        return self.regress([self.draw(batch, step) for batch in batches], self.loss)
 
     def draw(self, batch: Batch, step: int) -> Request:
         """The micro-batch's noisy latents, timesteps and target: all random numbers of a step."""

@@ -31,7 +31,6 @@ from megagen.methods.base import (
     RunFacts,
     StepResult,
     TrainingMethod,
-    mean_metrics,
 )
 from megagen.methods.few_step import Share, check_in_range, draw_keys, x0_of
 from megagen.methods.ode_paths import TEACHERS, PathMaker, PathPlan, PathReader
@@ -126,17 +125,9 @@ class KDMethod(TrainingMethod):
     # -- the algorithm -----------------------------------------------------------------------------
     def train_step(self, batches: Sequence[Batch], step: int) -> StepResult:
         """Draw, forward and backward over the micro-batches, update the student."""
-        requests = [self.draw(batch, step) for batch in batches]
-        self.student.zero_grad()
-        losses = self.student.forward_backward(requests, self.loss)
-        info = self.student.step()
-        metrics = mean_metrics(losses, "loss") | {
-            "grad_norm/student": info.grad_norm,
-            "lr/student": info.learning_rate,
-        }
-        metrics["loss/total"] = metrics.pop("loss/loss")
-        metrics["kd_step_idx"] = metrics.pop("loss/step_idx")
-        return StepResult(metrics, skipped=("student",) if info.skipped else ())
+        result = self.regress([self.draw(batch, step) for batch in batches], self.loss)
+        result.metrics["kd_step_idx"] = result.metrics.pop("loss/step_idx")
+        return result
 
     def draw(self, batch: Batch, step: int) -> Request:
         """The student's input and target: states of the paths at the timesteps drawn."""
