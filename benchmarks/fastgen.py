@@ -1,6 +1,6 @@
 """A DMD2 update cycle of megagen.fastgen against nvidia-modelopt's on the same networks, on CPU.
 
-    python -m benchmarks.fastgen [--case score] [--threads 1] [--pairs 7]
+    python -m benchmarks.fastgen [--case score] [--threads 1] [--pairs 15]
 
 A cycle is one student update and one update of the critics, in plain PyTorch over diffusers' Wan
 with AdamW. ``score``: score distillation with guidance, the fake score as the only critic; ours
@@ -167,7 +167,7 @@ class Cycle:
 
 
 @app.command()
-def main(case: str = "", threads: int = 1, pairs: int = 7) -> None:
+def main(case: str = "", threads: int = 1, pairs: int = 15) -> None:
     """Measure time and memory of one case or of all, and write ``fastgen.json``."""
     result: dict[str, Any] = {"threads": threads, "pairs": pairs, "cases": {}}
     for name in [case] if case else list(CASES):
