@@ -1,7 +1,8 @@
 """The losses of distribution matching and adversarial distillation, without any state.
 
 Each takes tensors and gives a scalar; none knows a network, an optimizer or a process. Latents are
-``[B, ...]`` of any number of axes (``[B, C, T, H, W]`` for video), ``t`` is ``[B]`` or per frame.
+``[B, ...]`` of any number of axes (``[B, C, T, H, W]`` for video), ``t`` is ``[B]`` or per frame
+``[B, 1, T, 1, 1]``.
 
 Papers: DMD2, Yin et al., arXiv 2405.14867; f-distill, Xu et al., arXiv 2502.15681; approximate R1,
 Lin et al., arXiv 2501.08316.
@@ -62,7 +63,8 @@ class _SquaredResidual(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (residual,) = ctx.saved_tensors
-        return (residual * (gradient * ctx.slope)).to(ctx.dtype), None, None
+        wide = torch.promote_types(gradient.dtype, torch.float32)  # 1/numel is 0 in float16
+        return (residual * (gradient.to(wide) * ctx.slope)).to(ctx.dtype), None, None
 
 
 def dsm_loss(
@@ -87,7 +89,7 @@ def dsm_loss(
         net_pred: the network's prediction in that space, ``[B, ...]``.
         x0: clean sample, like ``net_pred``; for all but ``eps``.
         eps: the noise that was added, like ``net_pred``; for all but ``x0``.
-        t: ``[B]`` in [0, 1]; for ``v``.
+        t: ``[B]`` or ``[B, 1, T, 1, 1]`` in [0, 1]; for ``v``.
         alpha_fn: t -> weight of the data; for ``v``.
         sigma_fn: t -> weight of the noise; for ``v``.
         fp32: subtract and average in float32 whatever ``net_pred`` is; gradient then goes to
@@ -158,7 +160,11 @@ def vsd_loss(
         fp32: compute in float32 whatever the dtypes are, with one latent-sized temporary.
 
     Returns:
-        Scalar >= 0 in gen_data's dtype (float32 with ``fp32``).
+        Scalar >= 0 in the dtype to which the tensors promote (float32 with ``fp32`` and, as of
+        torch's own mean square, under autocast).
+
+    Raises:
+        ValueError: ``normalizer`` is neither.
     """
     residual = vsd_residual(
         gen_data, teacher_x0, fake_score_x0, additional_scale, normalizer=normalizer, fp32=fp32
@@ -166,8 +172,10 @@ def vsd_loss(
     if not fp32:
         # the distance to the target gen_data - g as that target is rounded: the published loss
         with torch.no_grad():
-            for _ in range(2):
-                residual.neg_().add_(gen_data)
+            residual.neg_().add_(gen_data)
+            if torch.is_autocast_enabled(gen_data.device.type):
+                residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+            residual.neg_().add_(gen_data)
     return _SquaredResidual.apply(gen_data, residual, 0.5)
 
 
@@ -191,8 +199,8 @@ def vsd_residual(
         teacher_x0: like ``gen_data``.
         fake_score_x0: like ``gen_data``.
         additional_scale: ``[B]``, the factor h; 1 where not given.
-        normalizer: mean over each sample, or over the whole batch (``global``).
-        fp32: give ``g`` in float32 rather than in gen_data's dtype.
+        normalizer: mean over each sample, or over all that this call is given (``global``).
+        fp32: give ``g`` in float32 rather than in the dtype to which the tensors promote.
 
     Returns:
         ``[B, ...]`` without a graph.
@@ -204,14 +212,19 @@ def vsd_residual(
         raise ValueError(f"normalizer must be 'sample' or 'global', found {normalizer!r}")
     first = 1 if normalizer == "sample" else 0
     axes = tuple(range(first, gen_data.ndim))
-    distance = gen_data.float().sub(teacher_x0.float()).abs_().mean(dim=axes, keepdim=True)
+    narrow = teacher_x0.dtype.itemsize < 4  # is widened, exactly, without a copy in float32
+    distance = gen_data.to(torch.float32, copy=True)
+    distance.sub_(teacher_x0 if narrow else teacher_x0.float())
+    distance = distance.abs_().mean(dim=axes, keepdim=True)
     weight = 1.0 / (distance + SMALLEST_DISTANCE)
     if additional_scale is not None:
         weight = weight * expand_like(additional_scale.float(), gen_data)
     if fp32:
         wide = torch.promote_types(gen_data.dtype, torch.float32)
         return fake_score_x0.to(wide, copy=True).sub_(teacher_x0).mul_(weight)
-    return torch.sub(fake_score_x0, teacher_x0).mul_(weight.to(gen_data.dtype)).to(gen_data.dtype)
+    difference, weight = fake_score_x0 - teacher_x0, weight.to(gen_data.dtype)
+    wide = torch.promote_types(difference.dtype, weight.dtype)
+    return difference.to(wide).mul_(weight)
 
 
 def gan_gen_loss(fake_logits: Tensor) -> Tensor:
