@@ -147,12 +147,21 @@ class DistillationConfig(ConfigBase):
         Raises:
             ValueError: its length is not ``student_sample_steps + 1``.
         """
-        steps, t_list = self.student_sample_steps, self.sample_t_cfg.t_list
-        if steps > 1 and t_list is not None and len(t_list) != steps + 1:
-            raise ValueError(
-                f"student_sample_steps={steps} takes a sample_t_cfg.t_list of {steps + 1} times "
-                f"(one for each step and the final 0), found {len(t_list)}: {t_list}"
-            )
+        check_schedule(self)
+
+
+def check_schedule(config: Any) -> None:
+    """``DistillationConfig.check_schedule`` of anything with its fields.
+
+    Raises:
+        ValueError: as there.
+    """
+    steps, t_list = config.student_sample_steps, config.sample_t_cfg.t_list
+    if steps > 1 and t_list is not None and len(t_list) != steps + 1:
+        raise ValueError(
+            f"student_sample_steps={steps} takes a sample_t_cfg.t_list of {steps + 1} times "
+            f"(one for each step and the final 0), found {len(t_list)}: {t_list}"
+        )
 
 
 class DMDConfig(DistillationConfig):
@@ -196,7 +205,13 @@ class DMDConfig(DistillationConfig):
 
     @classmethod
     def from_yaml(cls, config_file: str | Path) -> Self:
-        """A config of this class from a built-in recipe or a file; see ``load_dmd_config``."""
+        """A config of this class from a built-in recipe or a file; see ``load_dmd_config``.
+
+        Raises:
+            TypeError: ``config_file`` is neither a string nor a path.
+            FileNotFoundError: there is no such recipe and no such file.
+            ValueError: not a mapping, an unknown key, a value that this class rejects.
+        """
         from megagen.fastgen.loader import load_dmd_config  # which imports this module
 
         return load_dmd_config(config_file, cls)
@@ -207,7 +222,7 @@ class DMDExtensions(ConfigBase):
 
     Attributes:
         vsd_normalizer: the distribution-matching gradient is divided by the mean absolute error of
-            each ``sample``, or by the whole batch's (``global``).
+            each ``sample``, or by that of all samples of the call (``global``; of this rank).
         r1_at: the R1 penalty disturbs ``clean`` data, or the sample as ``noised`` for the
             discriminator, whose logits it is compared with.
         divergence: weigh samples by the discriminator's density ratio so that this divergence is

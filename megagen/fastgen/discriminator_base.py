@@ -95,6 +95,9 @@ def seeded(make: Callable[[], nn.Module], generator: torch.Generator | None) -> 
     Weights of linear and convolution layers and their biases are U(-b, b) with b = 1/sqrt(fan_in),
     norms begin as the identity. torch's default generator is not touched where another is given,
     and the weights are made on the generator's device.
+
+    Raises:
+        TypeError: parameters of a layer of another kind.
     """
     if generator is None:
         return make()

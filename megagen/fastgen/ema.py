@@ -22,6 +22,8 @@ from megagen.fastgen.sharding import clean_name, copy_into, gather, is_sharded, 
 if TYPE_CHECKING:
     from megagen.fastgen.config import EMAConfig
 
+__all__ = ["ExponentialMovingAverage"]
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -26,6 +26,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from megagen.fastgen.sharding import is_sharded
 from megagen.fastgen.transfer import load_weights, plain_name
 
+__all__ = ["create_fake_score", "create_fake_score_meta", "load_fake_score_weights"]
+
 Module = TypeVar("Module", bound=nn.Module)
 
 

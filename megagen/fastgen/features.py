@@ -152,18 +152,28 @@ def attach(
     return handles
 
 
-def detach(module: nn.Module) -> None:
+def detach(teacher: nn.Module) -> None:
     """Remove what ``attach`` installed; without it, nothing happens."""
-    for handle in getattr(module, _HANDLES, ()):
+    for handle in getattr(teacher, _HANDLES, ()):
         handle.remove()
     for name in (_HANDLES, _STATE, _BUFFER):
-        if hasattr(module, name):
-            delattr(module, name)
+        if hasattr(teacher, name):
+            delattr(teacher, name)
+
+
+def _hooked(module: nn.Module) -> nn.Module:
+    """What ``attach`` was called with: ``module``, or what it wraps (as data parallel does)."""
+    inner: nn.Module | None = module
+    while inner is not None:
+        if hasattr(inner, _BUFFER):
+            return inner
+        inner = getattr(inner, "module", None)
+    return module
 
 
 def drain(module: nn.Module) -> list[Tensor] | None:
     """The captured features in call order, which are then forgotten; None if never attached."""
-    buffer = getattr(module, _BUFFER, None)
+    buffer = getattr(_hooked(module), _BUFFER, None)
     if buffer is None:
         return None
     taken = list(buffer)
@@ -171,16 +181,16 @@ def drain(module: nn.Module) -> list[Tensor] | None:
     return taken
 
 
-def pop_captured_features(module: nn.Module) -> list[Tensor]:
+def pop_captured_features(teacher: nn.Module) -> list[Tensor]:
     """As ``drain``, for a module that must have hooks.
 
     Raises:
         RuntimeError: nothing was ever attached.
     """
-    features = drain(module)
+    features = drain(teacher)
     if features is None:
         raise RuntimeError(
-            f"{type(module).__name__} captures no features: call attach_feature_capture first"
+            f"{type(teacher).__name__} captures no features: call attach_feature_capture first"
         )
     return features
 
@@ -217,7 +227,7 @@ def captured(
         RuntimeError: ``needs_grad``, and blocks ran without grad mode and got no graph later, as
             where one reentrant checkpoint covers more than the block.
     """
-    state: _State | None = getattr(module, _STATE, None)
+    state: _State | None = getattr(_hooked(module), _STATE, None)
     taken = Taken()
     if state is None:
         yield taken

@@ -69,7 +69,7 @@ def to_x0(raw: Tensor, x_t: Tensor, t: Tensor, pred_type: str, *, consistent: bo
 
 
 def from_x0(x0: Tensor, x_t: Tensor, t: Tensor, pred_type: str, *, consistent: bool) -> Tensor:
-    """The prediction that an x0 implies; the inverse of ``to_x0``.
+    """The prediction that an x0 implies; the inverse of ``to_x0``, with its arguments.
 
     Raises:
         ValueError: unknown ``pred_type``.

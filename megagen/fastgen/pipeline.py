@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megagen.fastgen import rollout
 from megagen.fastgen.config import DistillationConfig, DMDExtensions
 from megagen.fastgen.draws import Draws
+from megagen.fastgen.features import drain
 from megagen.fastgen.network import first_tensor, from_x0, to_x0
 from megagen.fastgen.timesteps import sample_timesteps
 
@@ -71,6 +72,9 @@ class DistillationPipeline:
             device: where; None: the student's.
             dtype: in which they are drawn and returned.
             generator: of the draw; None: the device's default.
+
+        Raises:
+            ValueError: an unknown distribution, or a lognormal with ``p_std <= 0``.
         """
         return sample_timesteps(
             n,
@@ -118,7 +122,9 @@ class DistillationPipeline:
         network = model if model is not None else self.student
 
         def predict_x0(x_t: Tensor, t: Tensor) -> Tensor:
-            return self._predict_x0(network, x_t, t, encoder_hidden_states, **model_kwargs)
+            x0 = self._predict_x0(network, x_t, t, encoder_hidden_states, **model_kwargs)
+            drain(network)  # features are of no use here, and would pile up
+            return x0
 
         return rollout.sample(
             predict_x0,

@@ -30,8 +30,11 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing memory; ``tensor`` itself where it is not sharded."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    """This rank's part, sharing memory; ``tensor`` itself where it is not sharded.
+
+    What has a ``full_tensor`` and no ``to_local`` (another library's shards) is its own part.
+    """
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -79,7 +82,7 @@ def copy_into(target: Tensor, source: Tensor, name: str) -> None:
         raise RuntimeError(
             f"{name}: cannot copy shape {tuple(source.shape)} into {tuple(target.shape)}."
         )
-    if not is_sharded(target):
+    if not is_sharded(target) or not hasattr(target, "placements"):
         target.copy_(gather(source))
         return
     local(target).copy_(_part_for(target, source))
@@ -89,7 +92,7 @@ def _part_for(target: DTensor, source: Tensor) -> Tensor:
     """This rank's part of ``source``, cut as ``target`` is."""
     mesh, placements = target.device_mesh, target.placements
     if is_sharded(source):
-        if source.device_mesh == mesh:
+        if getattr(source, "device_mesh", None) == mesh:
             if source.placements != placements:
                 source = source.redistribute(mesh, placements)
             return source.to_local()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["classifier_free_guidance", "expand_like"]
+
 
 def expand_like(x: Tensor, target: Tensor) -> Tensor:
     """``x`` with trailing axes of size 1 until it has as many axes as ``target``.

@@ -308,6 +308,29 @@ def test_swapped_puts_the_live_weights_back(seeded: torch.Generator) -> None:
     )
 
 
+class Whole(Tensor):
+    """A shard of some other library: all that is known of it is its ``full_tensor``."""
+
+    def full_tensor(self) -> Tensor:
+        return 3 * self.as_subclass(Tensor)
+
+
+def test_whatever_has_a_full_tensor_is_gathered() -> None:
+    net = nn.Module()
+    net.weight = nn.Parameter(torch.ones(4).as_subclass(Whole))
+    average = ExponentialMovingAverage(net, EMAConfig(decay=0.75))
+    average.update(net, iteration=0)
+    with torch.no_grad():
+        net.weight.zero_()
+    average.update(net, iteration=1)
+    assert average.state_dict()["weight"].tolist() == [2.25] * 4
+    plain = nn.Module()
+    plain.weight = nn.Parameter(torch.zeros(4))
+    average.copy_to(plain)
+    average.copy_to(net)
+    assert plain.weight.tolist() == net.weight.tolist() == [2.25] * 4
+
+
 def test_unknown_settings_are_refused() -> None:
     net = nn.Linear(2, 2)
     config = EMAConfig()

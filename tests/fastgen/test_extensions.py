@@ -297,7 +297,86 @@ def draw_on_rank() -> tuple[list, list, int]:
     rank = dist.get_rank()
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     draws = Draws(torch.Generator().manual_seed(rank), groups[rank // 2])
-    config = fastgen.SampleTimestepConfig()
     normal = draws.normal(torch.zeros(2, 3))
-    times = draws.timesteps(4, config, torch.device("cpu"))
+    pipeline = Case({}).pipeline(fastgen)
+    times = pipeline._draw_timesteps(draws, 4, torch.device("cpu"))
     return normal.tolist(), times.tolist(), draws.rung(1000, torch.device("cpu"))
+
+
+def test_a_divergence_is_normalised_over_all_ranks() -> None:
+    """With one sample a rank, a mean of the rank's own would leave every weight at 1."""
+    case = Case({"gan_loss_weight_gen": 0.3}, batch=2)
+    draws = {**pinned(case), **case.data}
+    whole = extended(case, divergence="kl").compute_student_loss(**draws)["vsd"].detach()
+    found = run_ranks(2, divergence_on_rank, case, draws)
+    assert sum(found) / 2 == pytest.approx(float(whole), rel=1e-6)
+    assert found[0] != pytest.approx(found[1], rel=1e-3)
+
+
+def divergence_on_rank(case: Case, draws: dict[str, Tensor]) -> float:
+    import torch.distributed as dist
+
+    own = {name: value[dist.get_rank()][None] for name, value in draws.items()}
+    return float(extended(case, divergence="kl").compute_student_loss(**own)["vsd"].detach())
+
+
+def test_features_of_a_fake_score_that_ddp_wraps() -> None:
+    run_ranks(1, through_ddp, Case(GAN))
+
+
+def through_ddp(case: Case) -> None:
+    """The student's step asks its parameters for nothing, and the reducer does not wait for it."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    plain, wrapped = (extended(case, feature_source="fake_score") for _ in range(2))
+    wrapped.fake_score = DistributedDataParallel(wrapped.fake_score)
+    for phase in ("student", "student", "critic", "student"):
+        given = phases(case, phase)
+        found = [run(pipeline, phase, 6, **given) for pipeline in (plain, wrapped)]
+        found[1] = (found[1][0], {k.replace(".module", ""): v for k, v in found[1][1].items()})
+        assert_same(found[1], found[0], 1e-9)
+
+
+def test_a_copied_fake_score_gives_its_features_to_both_critics() -> None:
+    """``create_fake_score`` after attaching: the copy's hooks wait until they are asked."""
+    case = Case({**GAN, "gan_use_same_t_noise": True})
+    attach(case.networks["teacher"], "blocks", [0, 1])
+    fake_score = fastgen.create_fake_score(case.networks["teacher"])
+    config = fastgen.ExtendedDMDConfig(**case.config, extensions={"feature_source": "fake_score"})
+    pipeline = fastgen.DMDPipeline(config=config, **{**case.networks, "fake_score": fake_score})
+    draws, given = pinned(case), phases(case, "critic")
+    critic = run(pipeline, "critic", 3, **given, **draws)[0]
+    judge = run(pipeline, "discriminator", 3, **given, **draws)[0]
+    torch.testing.assert_close(critic["gan_disc"], judge["gan_disc"])
+
+
+def test_sampling_leaves_no_features_behind() -> None:
+    pipeline = Case(GAN).pipeline(fastgen)
+    noise = torch.randn(1, 4, 2, 4, 3, dtype=torch.float64)
+    pipeline.sample(noise, model=pipeline.teacher)
+    assert pipeline.teacher._fastgen_captured == []
+
+
+def test_no_guidance_where_no_score_is_matched() -> None:
+    """LADD has no use for the unconditional pass, and asks for no negative prompt."""
+    case = Case({**GAN, "guidance_scale": 4.0})
+    pipeline, calls = extended(case, adversarial_only=True), []
+    pipeline.teacher.register_forward_hook(lambda *_: calls.append(1))
+    case.data.pop("negative_encoder_hidden_states")
+    pipeline.compute_student_loss(**case.data)
+    assert len(calls) == 1
+
+
+def test_lists_are_cut_into_parts_as_tensors_are() -> None:
+    case, seen = Case({}), []
+    pipeline = case.pipeline(fastgen)
+    usual = pipeline._call_model
+
+    def call(*args: Any, lengths: list[int], whole: tuple[int, ...], **given: Any) -> Tensor:
+        seen.append((len(args[1]), lengths, whole))
+        return usual(*args, **given)
+
+    pipeline._call_model = call
+    more = {"lengths": [4, 5, 6], "whole": (1, 2, 3)}
+    pipeline.backward("fake_score", **phases(case, "fake_score"), micro_batch_size=2, **more)
+    assert seen[0] == (2, [4, 5], (1, 2, 3)) and seen[-1] == (1, [6], (1, 2, 3))

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megagen.fastgen.config import DMDConfig
+from megagen.fastgen.config import DMDConfig, check_schedule
 from megagen.fastgen.draws import Draws
 from megagen.fastgen.ema import ExponentialMovingAverage
 from megagen.fastgen.guidance import Guidance, without_prompt
@@ -77,7 +77,7 @@ class DMDPipeline(DistillationPipeline):
             raise ValueError(
                 f"gan_loss_weight_gen is {config.gan_loss_weight_gen}, which needs a discriminator"
             )
-        config.check_schedule()
+        check_schedule(config)
         super().__init__(student, teacher, config)
         self.fake_score, self.discriminator = fake_score, discriminator
         self._group = model_parallel_group
@@ -101,6 +101,7 @@ class DMDPipeline(DistillationPipeline):
     ) -> dict[str, Tensor]:
         """The student's loss: ``vsd_loss`` plus ``gan_loss_weight_gen`` times ``gan_gen_loss``.
 
+        DMD, arXiv 2311.18828, eq. 7, and DMD2, arXiv 2405.14867, section 4.3.
         Gradients reach the student, and the discriminator where it is trainable; the teacher passes
         the adversarial gradient on to the student.
 
@@ -152,7 +153,7 @@ class DMDPipeline(DistillationPipeline):
         generator: torch.Generator | None = None,
         **model_kwargs: Any,
     ) -> dict[str, Tensor]:
-        """The fake score's loss: ``dsm_loss`` on the student's samples.
+        """The fake score's loss: ``dsm_loss`` on the student's samples (arXiv 2311.18828, eq. 6).
 
         The loss is taken in the space ``fake_score_pred_type`` (``pred_type`` where None), to which
         the prediction is converted through x0. Gradients reach the fake score alone.
@@ -192,7 +193,8 @@ class DMDPipeline(DistillationPipeline):
         """The discriminator's loss: ``gan_disc_loss`` plus ``gan_r1_reg_weight`` times ``r1_loss``.
 
         Real and generated samples are noised (by the same draws with ``gan_use_same_t_noise``) and
-        judged by the features of a frozen network. Gradients reach the discriminator alone.
+        judged by the features of a frozen network (DMD2, section 4.3; R1: arXiv 2501.08316, eq.
+        3). Gradients reach the discriminator alone.
 
         Args:
             latents: real samples, ``[B, ...]``.
@@ -367,9 +369,9 @@ class DMDPipeline(DistillationPipeline):
 
     def _guidance(self, asked: float | Literal["off"] | None) -> Guidance | None:
         scale = self.config.guidance_scale if asked is None else asked
-        if scale is None or scale == "off":
-            return None
         extra = self.extensions
+        if scale is None or scale == "off" or extra.adversarial_only:  # no score to be guided
+            return None
         return Guidance(float(scale), extra.guidance_interval, extra.guidance_rescale)
 
     def _build_student_input(
@@ -384,3 +386,10 @@ class DMDPipeline(DistillationPipeline):
         """The student's input and its time ``[B]``."""
         given = {"encoder_hidden_states": encoder_hidden_states, **model_kwargs}
         return student_input(self, latents, noise, given, draws or Draws(None, self._group))
+
+    def _draw_timesteps(self, draws: Draws, n: int, device: torch.device) -> Tensor:
+        """``[n]`` float32 times of ``sample_timesteps``, which a subclass may have replaced."""
+        where: dict[str, Any] = {"device": draws.place(device)}
+        if draws.generator is not None:
+            where["generator"] = draws.generator
+        return draws.share(self.sample_timesteps(n, dtype=torch.float32, **where).to(device))

@@ -55,13 +55,12 @@ class Inputs:
     r1_noise: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Inputs:
-        """Samples ``start`` to ``stop``; tensors among the arguments are cut at B rows."""
+        """Samples ``start`` to ``stop``; tensors and lists of B entries are cut."""
         batch = self.latents.shape[0]
 
         def cut(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
-                return value[start:stop]
-            return value
+            is_array = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
+            return value[start:stop] if is_array and len(value) == batch else value
 
         changes: dict[str, Any] = {}
         for item in fields(self):
@@ -97,16 +96,19 @@ def draw_inputs(
         for_discriminator: draw what only its loss needs.
     """
     config = pipeline.config
-    x_in, t_in = pipeline._build_student_input(latents, noise, draws=draws, **given)
-    batch, timing, device = latents.shape[0], config.sample_t_cfg, latents.device
-    t = draws.timesteps(batch, timing, device) if timestep is None else timestep
+    # a subclass that replaces it for its own may know nothing of draws
+    own: dict[str, Any] = {} if draws.generator is None else {"draws": draws}
+    x_in, t_in = pipeline._build_student_input(latents, noise, **own, **given)
+    batch, device = latents.shape[0], latents.device
+    t = pipeline._draw_timesteps(draws, batch, device) if timestep is None else timestep
     eps = draws.normal(latents) if eps is None else eps
     inputs = Inputs(latents, x_in, t_in, t, eps, given)
     if not for_discriminator:
         return inputs
     t_real, eps_real = t, eps
     if not config.gan_use_same_t_noise:
-        t_real, eps_real = draws.timesteps(batch, timing, device), draws.normal(latents)
+        t_real = pipeline._draw_timesteps(draws, batch, device)
+        eps_real = draws.normal(latents)
     r1_noise = draws.normal(latents) if config.gan_r1_reg_weight > 0 else None
     return replace(inputs, t_real=t_real, eps_real=eps_real, r1_noise=r1_noise)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagen.fastgen.features import captured, drain
@@ -44,7 +45,9 @@ def student_terms(pipeline: DMDPipeline, inputs: Inputs) -> dict[str, Tensor]:
         assert teacher_x0 is not None and fake_x0 is not None
         scale = None
         if extra.divergence is not None and logits is not None:
-            scale = f_divergence_weight(logits, extra.divergence)
+            is_run = dist.is_available() and dist.is_initialized()
+            group = dist.group.WORLD if is_run else None  # a rank's samples may be but one
+            scale = f_divergence_weight(logits, extra.divergence, group=group)
         terms["vsd"] = vsd_loss(
             gen,
             teacher_x0,
@@ -93,10 +96,13 @@ def critic_terms(pipeline: DMDPipeline, inputs: Inputs) -> dict[str, Tensor]:
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Inside, graphs pass through ``model`` without gathering gradients of its parameters."""
     trainable = [p for p in model.parameters() if p.requires_grad]
+    no_sync = getattr(model, "no_sync", None) if trainable else None
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        yield
+        # data parallel would wait for gradients that do not come
+        with no_sync() if no_sync is not None else contextlib.nullcontext():
+            yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
@@ -160,8 +166,8 @@ def _denoising(
     config = pipeline.config
     space = config.fake_score_pred_type or config.pred_type
     x_t = add_noise(gen, inputs.eps, inputs.t)
-    raw = pipeline._call_model(pipeline.fake_score, x_t, inputs.t, **inputs.given)
-    features = drain(pipeline.fake_score)
+    with captured(pipeline.fake_score, stop_gradient=False) as taken:
+        raw = pipeline._call_model(pipeline.fake_score, x_t, inputs.t, **inputs.given)
     found = pipeline._convert_pred(
         raw, x_t, inputs.t, from_pred_type=config.pred_type, to_pred_type=space
     )
@@ -175,7 +181,7 @@ def _denoising(
         sigma_fn=rf_sigma,
         fp32=pipeline.extensions.fp32_losses,
     )
-    return loss, features
+    return loss, taken.features
 
 
 def _judged(
