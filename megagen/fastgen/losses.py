@@ -63,8 +63,7 @@ class _SquaredResidual(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (residual,) = ctx.saved_tensors
-        wide = torch.promote_types(gradient.dtype, torch.float32)  # 1/numel is 0 in float16
-        return (residual * (gradient.to(wide) * ctx.slope)).to(ctx.dtype), None, None
+        return (residual * (gradient * ctx.slope)).to(ctx.dtype), None, None
 
 
 def dsm_loss(
