@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := test
 
 demo: setup
-	OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2) $(BIN)/megagen demo
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2) $(BIN)/megagen demo
 
 test: lint pytest
 

@@ -82,20 +82,16 @@ def asked(count: int) -> Clips:
     return Clips(torch.empty(0), number % len(WORDS), directions)
 
 
-def sample(
-    pipeline: VideoPipeline, wanted: Clips, seed: int, num_steps: int, guidance_scale: float
-) -> Clips:
-    """Clips from a model for the captions of ``wanted``."""
+def sample(pipeline: VideoPipeline, wanted: Clips, **how: Any) -> Clips:
+    """Clips from a model for the captions of ``wanted``; ``how`` goes into ``SamplingOptions``."""
     from megagen.sampling.pipeline import SamplingOptions
 
     options = SamplingOptions(
         num_frames=digits.NUM_FRAMES,
         height=digits.FRAME_SIZE,
         width=digits.FRAME_SIZE,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
         batch_size=64,
+        **how,
     )
     videos: dict[int, Tensor] = dict(pipeline.generate(wanted.captions, options))
     frames = torch.stack([videos[n].float().mean(-1) / 255 for n in range(len(wanted))])

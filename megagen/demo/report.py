@@ -22,10 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megagen.demo.charts import loss_svg, progress_svg
 from megagen.demo.digits import VIDEO_FPS, WORDS, Clips
 from megagen.demo.judge import Verdict
+from megagen.demo.rows import Point
 
 _GAP = 2
+GIF = ("real, held out", "teacher, 48 steps", "teacher, 4 steps", "student, 4 steps")
+"""What ``clips.gif`` shows, from left to right."""
 _COLUMNS = (
     ("digit accuracy", "digit_accuracy", "{:.3f}"),
     ("direction accuracy", "direction_accuracy", "{:.3f}"),
@@ -40,29 +44,32 @@ class DemoResult:
     """Everything the demo has to show.
 
     Args:
-        verdicts: row title to figures, the main row of sampled clips first.
-        real: held-out real clips, ordered like ``sampled``.
-        sampled: sampled clips of the main row, digits in turn.
-        losses: training loss of each step.
+        verdicts: row title to figures: the student's rows, the teacher's, real clips.
+        milliseconds: row title to the time a sampled clip took.
+        shown: row title to clips that show the same, digits in turn; real ones first.
+        progress: the student at its checkpoints.
+        losses: run to the training loss of each step.
         seconds: phase to its wall-clock seconds.
         facts: what else to print and save (parameters, steps, parity...), JSON values.
     """
 
     verdicts: dict[str, Verdict]
-    real: Clips
-    sampled: Clips
-    losses: Sequence[float]
+    milliseconds: dict[str, float]
+    shown: dict[str, Clips]
+    progress: Sequence[Point]
+    losses: dict[str, Sequence[float]]
     seconds: dict[str, float]
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 def write_report(result: DemoResult, folder: Path) -> None:
-    """Write ``report.html``, ``metrics.json`` and ``clips.gif`` (sampled left, real right)."""
+    """Write ``report.html``, ``metrics.json`` and ``clips.gif`` (the grids side by side)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.html").write_text(render(result), encoding="utf-8")
-    sides = [grid(clips.frames_NTHW) for clips in (result.sampled, result.real)]
-    gap = torch.full((len(sides[0]), sides[0].shape[1], 6), 110, dtype=torch.uint8)
-    (folder / "clips.gif").write_bytes(gif(torch.cat([sides[0], gap, sides[1]], dim=2), scale=2))
+    sheets = [grid(result.shown[title].frames_NTHW) for title in GIF if title in result.shown]
+    gap = torch.full((len(sheets[0]), sheets[0].shape[1], 6), 110, dtype=torch.uint8)
+    sides = [part for sheet in sheets for part in (gap, sheet)][1:]
+    (folder / "clips.gif").write_bytes(gif(torch.cat(sides, dim=2), scale=2))
     (folder / "metrics.json").write_text(json.dumps(metrics(result), indent=2) + "\n")
 
 
@@ -71,11 +78,32 @@ def metrics(result: DemoResult) -> dict[str, Any]:
     main = next(iter(result.verdicts.values()))
     return {
         **main.as_dict(),
-        "final_loss": float(torch.tensor(result.losses[-100:]).mean()) if result.losses else None,
         **result.facts,
+        "training_steps": {run: len(losses) for run, losses in result.losses.items()},
+        "against_teacher": against_teacher(result),
         "rows": {title: verdict.as_dict() for title, verdict in result.verdicts.items()},
+        "milliseconds_per_clip": {k: round(v, 2) for k, v in result.milliseconds.items()},
+        "progress": [
+            {"run": p.run, "step": p.step, **{str(k): v.as_dict() for k, v in p.verdicts.items()}}
+            for p in result.progress
+        ],
         "seconds": {name: round(value, 2) for name, value in result.seconds.items()},
     }
+
+
+def against_teacher(result: DemoResult) -> dict[str, dict[str, float]]:
+    """Each sampled row's figures over those of the teacher's first row (its many steps)."""
+    teacher = next((t for t in result.verdicts if t.startswith("teacher")), None)
+    if teacher is None:
+        return {}
+    base, found = result.verdicts[teacher], {}
+    for title, taken in result.milliseconds.items():
+        own = result.verdicts[title]
+        found[title] = {
+            name: getattr(own, name) / max(getattr(base, name), 1e-9)
+            for name in ("frechet", "diversity", "digit_accuracy", "direction_accuracy")
+        } | {"speed": result.milliseconds[teacher] / taken}
+    return found
 
 
 def print_table(result: DemoResult) -> None:
@@ -85,9 +113,9 @@ def print_table(result: DemoResult) -> None:
 
     figures = Table(title="Moving digits", title_justify="left")
     figures.add_column("", no_wrap=True)
-    for title, _, _ in _COLUMNS:
+    for title in (*(title for title, _, _ in _COLUMNS), "ms a clip"):
         figures.add_column(title, justify="right")
-    for title, cells in _rows(result.verdicts):
+    for title, cells in _rows(result):
         figures.add_row(title, *cells)
     phases = Table(title="Time", title_justify="left")
     phases.add_column("phase")
@@ -102,28 +130,56 @@ def print_table(result: DemoResult) -> None:
 def render(result: DemoResult) -> str:
     """The page."""
     page = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
-    header = "".join(f"<th>{title}</th>" for title, _, _ in _COLUMNS)
+    header = "".join(f"<th>{title}</th>" for title, _, _ in _COLUMNS) + "<th>ms a clip</th>"
     rows = "".join(
         f"<tr><th>{html.escape(title)}</th>{''.join(f'<td>{c}</td>' for c in cells)}</tr>"
-        for title, cells in _rows(result.verdicts)
+        for title, cells in _rows(result)
     )
     return page.substitute(
         header=header,
         rows=rows,
-        digits="".join(f"<span>{word}</span>" for word in WORDS),
-        sampled=gif_uri(result.sampled.frames_NTHW),
-        real=gif_uri(result.real.frames_NTHW),
-        curve=loss_svg(result.losses),
+        grids="".join(_figure(title, clips) for title, clips in result.shown.items()),
+        progress="".join(_progress(result)),
+        curves="".join(
+            f"<h3>{html.escape(run)}</h3>{loss_svg(losses)}"
+            for run, losses in result.losses.items()
+        ),
         facts=_definitions(_flat(result.facts)),
         seconds=_definitions({name: f"{value:.1f} s" for name, value in result.seconds.items()}),
     )
 
 
-def _rows(verdicts: Mapping[str, Verdict]) -> list[tuple[str, list[str]]]:
-    return [
-        (title, [form.format(getattr(verdict, name)) for _, name, form in _COLUMNS])
-        for title, verdict in verdicts.items()
-    ]
+def _figure(title: str, clips: Clips) -> str:
+    words = "".join(f"<span>{word}</span>" for word in WORDS)
+    return (
+        f'<figure><figcaption>{html.escape(title)}</figcaption><div class="digits">{words}</div>'
+        f'<img src="{gif_uri(clips.frames_NTHW)}" alt="{html.escape(title)}"></figure>'
+    )
+
+
+def _progress(result: DemoResult) -> list[str]:
+    """A drawing for each figure that is asked of the student."""
+    teacher = next((v for t, v in result.verdicts.items() if t.startswith("teacher")), None)
+    if teacher is None or not result.progress:
+        return []
+    marks = [p.run if p.run == "kd" else f"{p.step}" for p in result.progress]
+    found = []
+    for title, name, _ in _COLUMNS[:-1]:
+        curves = {
+            f"{steps} steps": [getattr(p.verdicts[steps], name) for p in result.progress]
+            for steps in result.progress[0].verdicts
+        }
+        found.append(progress_svg(title, marks, curves, getattr(teacher, name)))
+    return found
+
+
+def _rows(result: DemoResult) -> list[tuple[str, list[str]]]:
+    found = []
+    for title, verdict in result.verdicts.items():
+        cells = [form.format(getattr(verdict, name)) for _, name, form in _COLUMNS]
+        taken = result.milliseconds.get(title)
+        found.append((title, [*cells, "" if taken is None else f"{taken:.1f}"]))
+    return found
 
 
 def _flat(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -174,46 +230,3 @@ def gif(levels_THW: Tensor, scale: int = 1) -> bytes:
         loop=0,
     )
     return out.getvalue()
-
-
-def loss_svg(losses: Sequence[float], width: int = 720, height: int = 260) -> str:
-    """Training loss over steps on a logarithmic axis: each step faint, a running mean on top."""
-    values = [v for v in losses if math.isfinite(v) and v > 0]
-    if len(values) < 2:
-        return "<p>No training in this run.</p>"
-    smooth, mean = [], values[0]
-    for i, value in enumerate(values):
-        mean += (value - mean) * max(0.02, 1 / (i + 1))
-        smooth.append(mean)
-    low, high = math.log(min(values)), math.log(max(values))
-    left, bottom = 46, height - 24
-
-    def point(i: int, value: float) -> str:
-        x = left + (width - left - 8) * i / (len(values) - 1)
-        y = 8 + (bottom - 8) * (high - math.log(value)) / max(high - low, 1e-9)
-        return f"{x:.1f},{y:.1f}"
-
-    stride = max(1, len(values) // 700)
-    faint = " ".join(point(i, values[i]) for i in range(0, len(values), stride))
-    strong = " ".join(point(i, smooth[i]) for i in range(0, len(values), stride))
-    ticks = "".join(_tick(v, point(0, v).split(",")[1], left, width) for v in _levels(low, high))
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="training loss">{ticks}'
-        f'<polyline class="faint" points="{faint}"/><polyline class="strong" points="{strong}"/>'
-        f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">step {len(values)}</text>'
-        f'<text x="{left}" y="{height - 6}">step 1</text></svg>'
-    )
-
-
-def _levels(low: float, high: float) -> list[float]:
-    """Round values (1, 2, 5 times a power of ten) between exp(low) and exp(high)."""
-    powers = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)) + 1)
-    candidates = [m * 10.0**p for p in powers for m in (1, 2, 5)]
-    return [v for v in candidates if low <= math.log(v) <= high]
-
-
-def _tick(value: float, y: str, left: int, width: int) -> str:
-    return (
-        f'<line class="tick" x1="{left}" x2="{width - 8}" y1="{y}" y2="{y}"/>'
-        f'<text x="{left - 6}" y="{y}" dy="4" text-anchor="end">{value:g}</text>'
-    )

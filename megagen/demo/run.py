@@ -1,4 +1,4 @@
-"""The main job: clips, preprocess, train, sample, judge, export, compare with diffusers, report.
+"""The main job: clips, preprocess, distil a teacher, sample, judge, compare with diffusers, report.
 
 Each phase goes through the parts that a user's own data goes through: mp4 files with a captions
 file, ``megagen preprocess``, ``megagen train`` with a YAML config, the sampling pipeline, a
@@ -8,27 +8,25 @@ diffusers directory.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megagen.core.errors import MegagenError
+from megagen.config.load import parse_overrides
 from megagen.core.log import get_logger
 from megagen.core.streams import Streams
 from megagen.demo import clips as clip_sets
 from megagen.demo import digits
-from megagen.demo.digits import Clips
-from megagen.demo.judge import Judge, Verdict, train_judge
+from megagen.demo.distil import DistilOptions, distil
+from megagen.demo.judge import train_judge
 from megagen.demo.report import DemoResult
+from megagen.demo.rows import follow, load, sample_rows
+from megagen.demo.training import read_losses, train
 
 if TYPE_CHECKING:
     from megagen.sampling.pipeline import VideoPipeline
@@ -45,7 +43,9 @@ CODEC = {
     "scale": 0.5,
 }
 TEXT_ENCODER = {"name": "hashed", "dim": 64, "max_length": 5}
-_GRID = 80  # clips in each grid of the report: every digit in every direction twice
+WEIGHTS = Path(__file__).parent / "weights"
+"""The teacher that comes with megagen."""
+_GRID = 40  # clips in each grid of the report: every digit in every direction
 
 
 @dataclass(frozen=True)
@@ -54,26 +54,26 @@ class DemoOptions:
 
     Args:
         out: folder of everything that the demo makes.
-        config: run config of the training.
-        overrides: dotted overrides of it, as on the command line of ``megagen train``.
-        num_ranks: ranks of the training (data parallel).
+        distil: the student's two runs.
+        teacher: diffusers directory of the teacher, where none is trained.
+        config: run config of the teacher's training; None: ``teacher`` is taken as it is.
+        overrides: dotted overrides of it.
         num_train, num_held_out: clips to make.
-        num_samples: clips to sample and judge.
-        sampling_steps: solver steps of the rows of the table, the main row first.
-        guidance_scale: of the sampled clips.
+        num_samples: clips to sample and judge, of each row.
+        teacher_steps: solver steps of the teacher's rows, the main row first.
         judge_epochs: epochs of the classifier's training.
         seed: of clips, judge and sampling noise (the training's is in its config).
     """
 
     out: Path
-    config: Path
+    distil: DistilOptions = field(default_factory=DistilOptions)
+    teacher: Path = WEIGHTS
+    config: Path | None = None
     overrides: tuple[str, ...] = ()
-    num_ranks: int = 2
-    num_train: int = 2 * 1437
+    num_train: int = 1437
     num_held_out: int = 1440
-    num_samples: int = 640
-    sampling_steps: tuple[int, ...] = (16, 4)
-    guidance_scale: float = 2.5
+    num_samples: int = 1000
+    teacher_steps: tuple[int, ...] = (48, 4, 2)
     judge_epochs: int = 24
     seed: int = 0
 
@@ -94,49 +94,80 @@ class _Phases:
 
 
 def run_demo(options: DemoOptions) -> DemoResult:
-    """The whole job. Leaves ``data/``, ``sft/`` (the run), ``teacher/`` and ``samples/``.
+    """The whole job.
+
+    Leaves ``data/``, ``sft/`` (the teacher's run, where it is trained), ``teacher/``, what
+    ``distil`` leaves, and ``samples/``.
 
     Raises:
         MegagenError: a phase failed; the message says which.
     """
-    out, phase, streams = options.out, _Phases(6), Streams(options.seed)
+    from megagen.parallel.launch import init_distributed
+
+    out, streams = options.out, Streams(options.seed)
+    phase = _Phases(6 + (options.config is not None))
     with phase("clips", f"{options.num_train} training and {options.num_held_out} held-out mp4s"):
         make_videos(options, streams)
     with phase("preprocess", f"mp4 files to latents in {out / 'data'}"):
         for videos, data in (("train", "data"), ("held_out", "held_out")):
             clip_sets.preprocess_videos(out / "videos" / videos, out / data, CODEC, TEXT_ENCODER)
-    with phase("train", f"megagen train --config {options.config} --nproc {options.num_ranks}"):
-        train(options)
-    with phase("export", f"the averaged weights to {out / 'teacher'}, read back by diffusers"):
-        pipeline, error = export(out)
-    with phase("sample", f"{options.num_samples} clips from captions"):
-        asked = clip_sets.asked(options.num_samples)
-        sampled = {
-            steps: clip_sets.sample(pipeline, asked, options.seed, steps, options.guidance_scale)
-            for steps in options.sampling_steps
-        }
-        clip_sets.write_samples(sampled[options.sampling_steps[0]], out / "samples", _GRID)
-    with phase("judge", "classifier, motion and Frechet distance"):
+    init_distributed()
+    teacher = make_teacher(options, phase)
+    distil(options.distil, teacher, out, TEXT_ENCODER, phase)
+    asked = clip_sets.asked(options.num_samples)
+    with phase("sample", f"{options.num_samples} clips from captions for each row"):
+        rows = sample_rows(
+            out / "student",
+            teacher,
+            asked,
+            seed=options.seed,
+            guidance=options.distil.guidance_scale,
+            steps=options.teacher_steps,
+        )
+        clip_sets.write_samples(next(iter(rows.values())).clips, out / "samples", _GRID)
+    with phase("judge", "classifier, motion and Frechet distance, also of the checkpoints"):
         real = clip_sets.from_dataset(out / "held_out")
         known = clip_sets.from_dataset(out / "data", limit=len(real))
         judge = train_judge(streams, reference=real, num_epochs=options.judge_epochs)
-        verdicts = judge_all(judge, options, sampled, real=real, known=known)
-    losses = read_losses(out / "sft")
-    plugin = pipeline.roles[0].plugin
+        verdicts = {title: judge.judge(row.clips) for title, row in rows.items()}
+        verdicts |= {"real, training": judge.judge(known), "real, held out": judge.judge(real)}
+        progress = follow(out, judge, asked, options.seed)
+    shown = {"real, held out": clip_sets.in_order_of(real, asked, _GRID)}
+    shown |= {title: clip_sets.first(row.clips, _GRID) for title, row in rows.items()}
     return DemoResult(
         verdicts=verdicts,
-        real=clip_sets.in_order_of(real, asked, _GRID),
-        sampled=clip_sets.first(sampled[options.sampling_steps[0]], _GRID),
-        losses=losses,
+        milliseconds={title: 1e3 * row.seconds / len(asked) for title, row in rows.items()},
+        shown=shown,
+        progress=progress,
+        losses={run: read_losses(out / run) for run in ("kd", "dmd2")},
         seconds=phase.seconds,
-        facts={
-            "parameters": plugin.num_parameters(),
-            "training_steps": len(losses),
-            "training_clips": options.num_train,
-            "guidance_scale": options.guidance_scale,
-            "diffusers_relative_error": error,
-        },
+        facts=facts(options, teacher),
     )
+
+
+def make_teacher(options: DemoOptions, phase: _Phases) -> Path:
+    """The directory of the teacher: the given one, or that of a run made here."""
+    if options.config is None:
+        return options.teacher
+    with phase("teacher", f"megagen train --config {options.config}"):
+        run = options.out / "sft"
+        keys = parse_overrides(options.overrides)
+        keys["training.data.data_path"] = options.out / "data"
+        train(options.config, run, options.distil.num_ranks, keys)
+        export_teacher(options.out)
+    return options.out / "teacher"
+
+
+def facts(options: DemoOptions, teacher: Path) -> dict[str, Any]:
+    """What else the report says."""
+    student = load(options.out / "student")
+    return {
+        "parameters": student.roles[0].plugin.num_parameters(),
+        "teacher": str(teacher),
+        "teacher_paths": options.distil.num_paths,
+        "guidance_scale": options.distil.guidance_scale,
+        "diffusers_relative_error": diffusers_error(student, options.out / "student"),
+    }
 
 
 def make_videos(options: DemoOptions, streams: Streams) -> None:
@@ -151,50 +182,20 @@ def make_videos(options: DemoOptions, streams: Streams) -> None:
         digits.write_clips(made, folder)
 
 
-def train(options: DemoOptions) -> None:
-    """``megagen train`` in a process of its own, as a user would start it.
-
-    Raises:
-        MegagenError: it failed; its own error is on stderr.
-    """
-    out = options.out
-    shutil.rmtree(out / "sft", ignore_errors=True)
-    command = [sys.executable, "-W", "ignore", "-m", "megagen", "train"]
-    command += ["--config", str(options.config), "--nproc", str(options.num_ranks)]
-    command += ["--training.data.data_path", str(out / "data")]
-    command += ["--training.checkpoint.output_dir", str(out / "sft"), *options.overrides]
-    threads = max(1, len(os.sched_getaffinity(0)) // options.num_ranks)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    code = subprocess.run(command, env=environment, check=False).returncode
-    if code:
-        raise MegagenError(
-            f"megagen train ended with exit code {code}; its error stands above.",
-            where=str(options.config),
-        )
-
-
-def export(out: Path) -> tuple[VideoPipeline, float]:
-    """Load the run's averaged weights, write ``out/teacher`` and compare with diffusers' class.
-
-    Returns:
-        A pipeline over the weights, and the relative L2 error between the two forward passes.
-    """
+def export_teacher(out: Path) -> None:
+    """``out/teacher``: the run's averaged weights, with how to decode and sample them."""
     from megagen.checkpoint.diffusers import save_weights
     from megagen.parallel.dims import ParallelDims
-    from megagen.parallel.launch import init_distributed
     from megagen.sampling.source import SPEC, build_pipeline, from_run, write_spec
 
-    init_distributed()
     source = from_run(out / "sft")
-    pipeline = build_pipeline(source, ParallelDims())
-    role = pipeline.roles[0]
+    role = build_pipeline(source, ParallelDims()).roles[0]
     (out / "teacher" / SPEC).unlink(missing_ok=True)  # an earlier run's; the rest is replaced whole
     save_weights(role.plugin, role.chunks, role.mesh, out / "teacher")
     spec = source.spec.model_copy(
         update={"fps": digits.VIDEO_FPS, "flow_shift": role.plugin.flow_shift}
     )
     write_spec(out / "teacher", spec)
-    return pipeline, diffusers_error(pipeline, out / "teacher")
 
 
 def diffusers_error(pipeline: VideoPipeline, directory: Path) -> float:
@@ -213,21 +214,3 @@ def diffusers_error(pipeline: VideoPipeline, directory: Path) -> float:
     with torch.no_grad():
         theirs = model(noise_BCTHW, timestep_B, text_BLD, return_dict=False)[0]
     return float((ours - theirs).norm() / theirs.norm())
-
-
-def judge_all(
-    judge: Judge, options: DemoOptions, sampled: dict[int, Clips], *, real: Clips, known: Clips
-) -> dict[str, Verdict]:
-    """The rows of the table, the main one first."""
-    rows = {f"sampled, {steps} steps": judge.judge(clips) for steps, clips in sampled.items()}
-    return {
-        **rows,
-        "real, training": judge.judge(known),
-        "real, held out": judge.judge(real),
-    }
-
-
-def read_losses(run: Path) -> list[float]:
-    """``loss/total`` of each step in a run's ``metrics.jsonl``."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss/total"] for line in lines]

@@ -14,7 +14,7 @@ import yaml
 
 from megagen.data.video import read_video
 from megagen.demo import clips as clip_sets
-from megagen.demo.run import export
+from megagen.demo.run import export_teacher
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
 from megagen.sampling import source
@@ -35,6 +35,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-W", "ignore", "-m", "megagen", "demo"]
     command += ["--config", str(folder / "tiny.yaml"), "--out", str(folder), "--nproc", "1"]
     command += ["--num-train", "100", "--num-held-out", "100", "--num-samples", "20"]
+    command += ["--num-paths", "20", "--kd-steps", "4", "--dmd2-steps", "8"]
     command += ["--judge-epochs", "2", "--training.loop.max_train_steps", str(STEPS)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=280, env={**os.environ, "COLUMNS": "160"}
@@ -47,12 +48,20 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_file_is_there_and_whole(job: Path) -> None:
     figures = json.loads((job / "metrics.json").read_text())
     for name in ("digit_accuracy", "direction_accuracy", "frechet", "diversity"):
-        assert figures[name] == figures["rows"]["sampled, 16 steps"][name]
-    assert figures["training_steps"] == STEPS and figures["num_clips"] == 20
+        assert figures[name] == figures["rows"]["student, 4 steps"][name]
+    assert figures["training_steps"] == {"kd": 4, "dmd2": 8} and figures["num_clips"] == 20
+    for name in ("student, 2 steps", "teacher, 48 steps", "teacher, 4 steps", "teacher, 2 steps"):
+        assert figures["rows"][name]["num_clips"] == 20
+        assert figures["milliseconds_per_clip"][name] > 0
+    assert figures["against_teacher"]["teacher, 48 steps"]["frechet"] == 1.0
+    points = [(p["run"], p["step"]) for p in figures["progress"]]
+    assert points == [("kd", 4), *(("dmd2", step) for step in (2, 4, 6, 8))]
+    last = figures["progress"][-1]
+    assert last["4"]["frechet"] == pytest.approx(figures["frechet"], rel=1e-3)
     assert figures["diffusers_relative_error"] < 1e-5
     assert figures["rows"]["real, training"]["direction_accuracy"] == 1.0
     page = (job / "report.html").read_text()
-    assert page.count("data:image/gif") == 2 and "<polyline" in page
+    assert page.count("data:image/gif") == 6 and "<polyline" in page
     assert len(list((job / "samples").glob("*.mp4"))) == 20
     assert read_video(next((job / "samples").glob("*.mp4")))[0].shape[0] == 8
     losses = [json.loads(x)["loss/total"] for x in (job / "sft/metrics.jsonl").open()]
@@ -81,12 +90,8 @@ def test_the_exported_directory_samples_like_the_run_under_tensor_parallelism(jo
 
 def test_a_second_export_replaces_the_first(job: Path) -> None:
     before = (job / "teacher" / source.SPEC).read_text()
-    assert run_ranks(1, exported, job)[0] < 1e-5
+    run_ranks(1, export_teacher, job)
     assert (job / "teacher" / source.SPEC).read_text() == before
-
-
-def exported(out: Path) -> float:
-    return export(out)[1]
 
 
 def sampled(model: str | None, run: Path | None, dims: ParallelDims) -> torch.Tensor:
