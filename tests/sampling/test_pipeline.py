@@ -118,6 +118,27 @@ def test_videos_do_not_depend_on_the_batch_size(model_dir: Path) -> None:
         assert (frames.int() - three[position].int()).abs().max() <= 1
 
 
+@in_one_rank
+def test_a_few_step_student_walks_down_its_own_timesteps(model_dir: Path) -> None:
+    pipeline = source.build_pipeline(source.from_directory(str(model_dir)), ParallelDims())
+    few = {"sampler": "sde", "t_list": [1000.0, 700.0, 200.0, 0.0], "guidance_scale": 1.0}
+    options = OPTIONS.model_copy(update=few)
+    ours = pipeline.latents(PROMPTS[:2], [0, 1], options)
+    model = WanTransformer3DModel.from_pretrained(model_dir)
+    text = build_text_encoder(TEXT).encode(PROMPTS[:2])[0]
+    streams, shape = Streams(OPTIONS.seed), ours.shape[1:]
+    x = streams.normal("sample", 0, [0, 1], shape)
+    for k, (t, following) in enumerate(((1000.0, 0.7), (700.0, 0.2), (200.0, 0.0)), 1):
+        with torch.no_grad():
+            v = model(x, torch.full((2,), t), text, return_dict=False)[0]
+        eps = streams.normal(f"sample/step/{k}", 0, [0, 1], shape)
+        x = (1 - following) * (x - t / 1000 * v) + following * eps
+    expected = pipeline.roles[0].plugin.denormalize(x)
+    assert (ours - expected).norm() / expected.norm() < 1e-4
+    alone = pipeline.latents(PROMPTS[1:2], [1], options)
+    torch.testing.assert_close(alone, ours[1:], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "num_ranks, dims",
     [
