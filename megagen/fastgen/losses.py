@@ -101,12 +101,16 @@ def dsm_loss(
         AssertionError: a tensor that ``pred_type`` needs is missing.
         ValueError: unknown ``pred_type``.
     """
-    target = _dsm_target(pred_type, x0, eps, t, alpha_fn, sigma_fn)
+    parts = _dsm_target(pred_type, x0, eps, t, alpha_fn, sigma_fn)
     if not fp32:
-        return F.mse_loss(net_pred, target)
+        terms = [value if scale is None else scale * value for scale, value in parts]
+        return F.mse_loss(net_pred, terms[0] if len(terms) == 1 else terms[0] - terms[1])
     with torch.no_grad():
         wide = torch.promote_types(net_pred.dtype, torch.float32)
-        residual = net_pred.to(wide, copy=True).sub_(target)
+        residual = net_pred.to(wide, copy=True)
+        for sign, (scale, value) in zip((-1, 1), parts, strict=False):
+            one = residual.new_ones(()) if scale is None else scale.to(wide)
+            residual.addcmul_(value, one, value=sign)
     return _SquaredResidual.apply(net_pred, residual, 1.0)
 
 
@@ -117,22 +121,23 @@ def _dsm_target(
     t: Tensor | None,
     alpha_fn: Callable[[Tensor], Tensor] | None,
     sigma_fn: Callable[[Tensor], Tensor] | None,
-) -> Tensor:
+) -> list[tuple[Tensor | None, Tensor]]:
+    """The target, or the two (weight, tensor) whose difference it is; no weight is 1."""
     if pred_type not in ("x0", "eps", "v", "flow"):
         raise ValueError(f"unknown pred_type {pred_type!r}; take 'x0', 'eps', 'v' or 'flow'")
     if pred_type == "x0":
         assert x0 is not None, "pred_type 'x0' needs x0"
-        return x0
+        return [(None, x0)]
     assert eps is not None, f"pred_type {pred_type!r} needs eps"
     if pred_type == "eps":
-        return eps
+        return [(None, eps)]
     assert x0 is not None, f"pred_type {pred_type!r} needs x0"
     if pred_type == "flow":
-        return eps - x0
+        return [(None, eps), (None, x0)]
     assert t is not None, "pred_type 'v' needs t"
     assert alpha_fn is not None and sigma_fn is not None, "pred_type 'v' needs alpha_fn, sigma_fn"
     alpha, sigma = (expand_like(fn(t), x0).to(x0) for fn in (alpha_fn, sigma_fn))
-    return alpha * eps - sigma * x0
+    return [(alpha, eps), (sigma, x0)]
 
 
 def vsd_loss(
