@@ -52,11 +52,11 @@ def sample(
         str | None, typer.Option(help="A few-step student's timesteps, as 1000,750,500,250.")
     ] = None,
     sample_type: Annotated[
-        str, typer.Option(help="With --stream: noise of a step down, sde or ode.")
-    ] = "sde",
+        str | None, typer.Option(help="With --stream: noise of a step down, sde (default) or ode.")
+    ] = None,
     context_noise: Annotated[
-        float, typer.Option(help="With --stream: timestep of finished blocks in the cache.")
-    ] = 0.0,
+        float | None, typer.Option(help="With --stream: timestep of finished blocks in the cache.")
+    ] = None,
     family: Annotated[
         str | None, typer.Option(help="Of --model; default as it says, else wan.")
     ] = None,
@@ -107,7 +107,7 @@ def sample(
         seed=seed,
         batch_size=batch_size,
         t_list=None if stream else steps_down,
-        stream=_stream_options(steps_down, sample_type, context_noise) if stream else None,
+        stream=_stream_options(stream, steps_down, sample_type, context_noise),
     )
     images = read_images(image or [], len(prompts), options)
     rate = fps or origin.spec.fps or 16
@@ -256,10 +256,20 @@ def _stream_here(
 
 
 def _stream_options(
-    t_list: list[float] | None, sample_type: str, context_noise: float
-) -> dict[str, Any]:
-    """Of ``SamplingOptions.stream``."""
-    return {"sample_type": sample_type, "context_noise": context_noise, "t_list": t_list}
+    stream: bool, t_list: list[float] | None, sample_type: str | None, context_noise: float | None
+) -> dict[str, Any] | None:
+    """Of ``SamplingOptions.stream``; None for whole videos, which these options do not concern."""
+    given = {"sample_type": sample_type, "context_noise": context_noise}
+    given = {name: value for name, value in given.items() if value is not None}
+    if stream:
+        return {**given, "t_list": t_list}
+    if given:
+        raise ConfigError(
+            f"is {next(iter(given.values()))!r}, which concerns streams alone.",
+            remedy="Add --stream; for steps of whole videos give --sampler euler or sde.",
+            where=f"--{next(iter(given)).replace('_', '-')}",
+        )
+    return None
 
 
 def _timesteps(given: str | None) -> list[float] | None:

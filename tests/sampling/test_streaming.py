@@ -257,7 +257,7 @@ def test_the_command_writes_files_and_says_how_fast(
     assert re.search(r"0001-rain\.mp4  rain  6 frames, [\d.]+ frames/s, first after", lines[1])
     video, rate = read_video(tmp_path / "out" / "0001-rain.mp4")
     assert video.shape == (6, 8, 12, 3) and rate == 8
-    assert exit_code([*command, *steps]) == 2
+    assert exit_code([*command, *steps, "--context-noise", "20"]) == 2
     assert "Add --stream" in capfd.readouterr().err
 
 
