@@ -117,7 +117,7 @@ class SelfAttention(nn.Module):
     def forward(self, hidden_SBD: Tensor, cos: Tensor, sin: Tensor, shard: TokenShard) -> Tensor:
         """``[S_local, B, D]`` to the same; ``cos`` and ``sin`` are of the CP rank's tokens."""
         qkv = self.linear_qkv(hidden_SBD)
-        weights = (self.norm_q.weight, self.norm_k.weight)
+        weights = (self.norm_q(), self.norm_k())
         core = partial(self._core, shard=shard)
         if self.recompute and qkv.requires_grad:
             out = tensor_parallel.checkpoint(core, False, qkv, *weights, cos, sin)
@@ -189,7 +189,7 @@ class CrossAttention(nn.Module):
     def forward(self, hidden_SBD: Tensor, text_LBD: Tensor, image_LBD: Tensor | None) -> Tensor:
         """``[S_local, B, D]`` to the same."""
         q = self.linear_q(hidden_SBD).unflatten(-1, (-1, self.head_dim))
-        (q,) = norm_heads([q], [self.norm_q.weight], eps=self.eps, tp_group=self.tp_group)
+        (q,) = norm_heads([q], [self.norm_q()], eps=self.eps, tp_group=self.tp_group)
         out = self._attend(q, text_LBD, self.linear_kv, self.norm_k)
         if self.has_image:
             assert image_LBD is not None
@@ -198,5 +198,5 @@ class CrossAttention(nn.Module):
 
     def _attend(self, q: Tensor, states: Tensor, linear: nn.Module, norm: HeadsRMSNorm) -> Tensor:
         k, v = linear(states).unflatten(-1, (-1, 2, self.head_dim)).unbind(3)
-        (k,) = norm_heads([k], [norm.weight], eps=self.eps, tp_group=self.tp_group)
+        (k,) = norm_heads([k], [norm()], eps=self.eps, tp_group=self.tp_group)
         return self.attend(q, k, v)

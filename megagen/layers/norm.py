@@ -50,6 +50,10 @@ class HeadsRMSNorm(nn.Module):
         )
         mark_tensor_parallel(self.weight, 0)
 
+    def forward(self) -> Tensor:
+        """The weight; megatron-core waits for a gathered parameter where its module is called."""
+        return self.weight
+
 
 def norm_heads(
     xs_SBNK: Sequence[Tensor],

@@ -190,6 +190,27 @@ def test_12_every_parameter_takes_part() -> None:
     assert run_ranks(1, untouched) == [[]]
 
 
+# -- 12b: gathered weights are waited for where the module that owns them is called ----------------
+def uncalled() -> list[str]:
+    role = cases.make_role(weights(), ParallelDims())
+    called = set()
+    owners = {
+        name: module
+        for chunk in role.chunks
+        for name, module in chunk.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
+    for name, module in owners.items():
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    cases.update(role, 0)
+    return sorted(owners.keys() - called)
+
+
+def test_12_every_owner_of_parameters_is_called() -> None:
+    weights()
+    assert run_ranks(1, uncalled) == [[]]
+
+
 # -- 15: shapes that vary within one call ----
 SIZES = [(3, 2, 10), (1, 4, 6), (2, 2, 6), (3, 2, 4)]
 
