@@ -35,14 +35,12 @@ def compare(
             continue
         seed = int(torch.randint(0, 2**31, (1,)))
         given = arguments(case, phase)
-        assert_same(run(ours, phase, seed, **given), run(theirs, phase, seed, **given), 1e-6)
-        assert torch.equal(torch.rand(3), continued(theirs, phase, seed, given)), repeat
-
-
-def continued(pipeline: Any, phase: str, seed: int, given: dict[str, Any]) -> torch.Tensor:
-    """What the default generator gives after the published call: as many draws were made."""
-    run(pipeline, phase, seed, **given)
-    return torch.rand(3)
+        found, next_numbers = [], []
+        for pipeline in (ours, theirs):
+            found.append(run(pipeline, phase, seed, **given))
+            next_numbers.append(torch.rand(3))
+        assert_same(*found, 1e-6)
+        assert torch.equal(*next_numbers), f"{phase} {repeat}: another number of draws"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
