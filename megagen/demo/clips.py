@@ -14,7 +14,7 @@ from torch import Tensor
 from megagen.core.options import parse_options
 from megagen.core.streams import Streams
 from megagen.demo import digits
-from megagen.demo.digits import DIRECTIONS, WORDS, Clips
+from megagen.demo.digits import DIRECTIONS, WORDS, Clips, Split
 
 if TYPE_CHECKING:
     from megagen.sampling.pipeline import VideoPipeline
@@ -75,11 +75,12 @@ def from_dataset(data: Path, limit: int | None = None) -> Clips:
     return Clips(video_BCTHW.mean(1).add(1).div(2), shown[:, 0], shown[:, 1])
 
 
-def asked(count: int) -> Clips:
-    """Captions to sample, without frames: digits in turn, the direction changes every ten."""
+def asked(count: int, split: Split) -> Clips:
+    """Captions of a split, without frames: digits in turn, the direction changes every ten."""
     number = torch.arange(count)
-    directions = number // len(WORDS) % len(DIRECTIONS)
-    return Clips(torch.empty(0), number % len(WORDS), directions)
+    shown = number % len(WORDS)
+    directions = digits.split_directions(split, shown, number // len(WORDS))
+    return Clips(torch.empty(0), shown, directions)
 
 
 def sample(pipeline: VideoPipeline, wanted: Clips, **how: Any) -> Clips:

@@ -2,7 +2,9 @@
 
 1797 digits of 8x8 pixels written by 43 people (UCI "Optical Recognition of Handwritten Digits"). A
 clip shows one of them, enlarged smoothly, moving one pixel a frame. Images are split once into
-training and held-out ones, so no held-out handwriting is ever trained on.
+training and held-out ones, and so are the captions: each digit has one direction that it never
+takes in training. Held-out clips show held-out handwriting moving as only held-out captions say, so
+nothing like them is ever trained on.
 
 Legend: N clips or images, T frames, H W height and width, all clips grey in [0, 1].
 """
@@ -27,6 +29,10 @@ from megagen.core.streams import Streams
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 """Name to step in pixels a frame, (rows, columns)."""
+
+Split = Literal["train", "held_out"]
+HELD_OUT_DIRECTIONS = (1, 3, 2, 0, 3, 1, 0, 2, 1, 3)
+"""For each digit the index of the direction that no training clip shows."""
 
 NUM_FRAMES, FRAME_SIZE, DIGIT_SIZE = 8, 16, 9
 VIDEO_SCALE = 4  # mp4 files are this much larger than the model's frames: H.264 keeps them crisp
@@ -65,7 +71,7 @@ def caption(digit: int, direction: int) -> str:
     return f"a {WORDS[digit]} moving {tuple(DIRECTIONS)[direction]}"
 
 
-def load_images(split: Literal["train", "held_out"], seed: int = 0) -> tuple[Tensor, Tensor]:
+def load_images(split: Split, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Images ``[N, 8, 8]`` in [0, 1] and labels ``[N]`` of one part of the fixed split.
 
     Raises:
@@ -111,16 +117,23 @@ def move(images_NHW: Tensor, directions_N: Tensor, starts_N2: Tensor) -> Tensor:
     return frames
 
 
-def make_clips(
-    split: Literal["train", "held_out"], num_clips: int, streams: Streams, epoch: int = 0
-) -> Clips:
-    """``num_clips`` clips round all images of the split, directions in turn, random starts."""
+def split_directions(split: Split, digits_N: Tensor, turn_N: Tensor) -> Tensor:
+    """Directions that digits take in a split, ``turn_N`` counting through them; ``[N]``."""
+    held_out_N = torch.tensor(HELD_OUT_DIRECTIONS)[digits_N]
+    if split == "held_out":
+        return held_out_N
+    others = len(DIRECTIONS) - 1
+    return (held_out_N + 1 + turn_N % others) % len(DIRECTIONS)
+
+
+def make_clips(split: Split, num_clips: int, streams: Streams, epoch: int = 0) -> Clips:
+    """``num_clips`` clips round all images of the split, its directions in turn, random starts."""
     images, labels = load_images(split)
     position = torch.arange(num_clips)
     order = streams.permutation("digits_order", len(images), split, epoch)
     chosen = order[position % len(images)]
-    # every image meets every direction once in len(DIRECTIONS) rounds
-    directions = (position // len(images) + chosen) % len(DIRECTIONS)
+    # a training image meets each direction of its digit once in three rounds
+    directions = split_directions(split, labels[chosen], position // len(images) + chosen)
     generator = streams.generator("digits_start", split, epoch)
     starts_N2 = torch.rand(num_clips, 2, generator=generator)
     return Clips(move(enlarge(images)[chosen], directions, starts_N2), labels[chosen], directions)

@@ -85,12 +85,12 @@ def steps_of(steps: int | None, parts: int | None = None) -> dict[str, object]:
 
 
 def write_prompts(out: Path, count: int, text_encoder: Mapping[str, Any]) -> None:
-    """``out/prompts``: a dataset of ``count`` captions, all that there are in turn."""
+    """``out/prompts``: a dataset of ``count`` captions, those of training in turn."""
     from megagen.data.prompts import encode_prompts, prompt_options
 
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / "prompts", ignore_errors=True)
-    (out / "prompts.txt").write_text("\n".join(clip_sets.asked(count).captions) + "\n")
+    (out / "prompts.txt").write_text("\n".join(clip_sets.asked(count, "train").captions) + "\n")
     encode_prompts(
         prompt_options(
             {

@@ -114,7 +114,7 @@ def run_demo(options: DemoOptions) -> DemoResult:
     init_distributed()
     teacher = make_teacher(options, phase)
     distil(options.distil, teacher, out, TEXT_ENCODER, phase)
-    asked = clip_sets.asked(options.num_samples)
+    asked = clip_sets.asked(options.num_samples, "held_out")
     with phase("sample", f"{options.num_samples} clips from captions for each row"):
         rows = sample_rows(
             out / "student",
