@@ -1,5 +1,6 @@
 # make demo   set up and run the whole path on handwritten digits, with a report at the end
 # make test   set up and run linters, types and tests
+# make triton-oldest   fetch the oldest supported triton (188 MB), on which kernels are compiled too
 # Variables: PYTHON (3.11 or 3.12), TORCH (the torch requirement), TESTS (what pytest runs).
 
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c 'import venv' 2>/dev/null && echo $$p && break; done)
@@ -7,10 +8,11 @@ TORCH ?= torch==2.13.0
 TESTS ?= tests
 BIN := .venv/bin
 READY := .venv/.ready
+OLDEST_TRITON := 3.6.0
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint pytest bench docs setup clean
+.PHONY: demo test lint pytest bench docs setup triton-oldest clean
 .DEFAULT_GOAL := test
 
 demo: setup
@@ -23,7 +25,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-pytest: setup
+pytest: setup triton-oldest
 	$(BIN)/pytest $(TESTS)
 
 bench: setup
@@ -44,6 +46,14 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	$(BIN)/pip install --quiet -c constraints.txt setuptools pybind11
 	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e '.[demo,dev]'
 	touch $(READY)
+
+# Beside the installed one, in a folder of its own: tests compile with it, nothing runs on it.
+OLDEST_READY := .venv/triton-oldest/triton-$(OLDEST_TRITON).dist-info/METADATA
+triton-oldest: setup $(OLDEST_READY)
+
+$(OLDEST_READY): | $(READY)
+	rm -rf .venv/triton-oldest
+	$(BIN)/pip install --quiet --no-deps --target .venv/triton-oldest triton==$(OLDEST_TRITON)
 
 clean:
 	rm -rf build *.egg-info megagen/_cpu*.so runs .pytest_cache .mypy_cache .ruff_cache $(READY)
