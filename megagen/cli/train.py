@@ -62,13 +62,14 @@ def run_training(config: Any, *, ranks: int, fork: bool, dry_run: bool = False) 
         MegagenError: before any rank is started, where the config or the data is wrong.
         SystemExit: with the ranks' exit code where it is not 0.
     """
-    from megagen import builder
+    from megagen import builder, settings
+    from megagen.checks import check
     from megagen.core.streams import Streams
     from megagen.plan.report import describe
 
     plugins = builder.build_plugins(config)
-    builder.check(config, plugins, ranks)
-    passes = builder.passes(config)
+    check(config, plugins, ranks)
+    passes = settings.passes(config)
     if dry_run:
         shape, text_len = builder.sample_shape(config, plugins["student"], required=False)
         print(describe(config, plugins, ranks, shape, text_len, passes))

@@ -6,27 +6,22 @@ run. Legend: B batch, C channels, T H W latent size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagen.checkpoint.fill import fill
-from megagen.core import process
 from megagen.core.log import warn_once
 from megagen.engine import build, features, lora, modes, state
+from megagen.engine.delivery import Delivery
 from megagen.engine.ema import EMA
-from megagen.engine.exchange import Exchange
 from megagen.engine.features import FeatureLoss
-from megagen.engine.kv_cache import CacheRef, Caches
+from megagen.engine.kv_cache import CacheRef
 from megagen.engine.optimizer import Optimizer, StepInfo
 from megagen.engine.schedule import Pipeline
 from megagen.engine.settings import EMASettings, OptimizerSettings, RoleSettings
 from megagen.models.base import ModelPlugin, Request, WeightStore
-from megagen.models.cache import KVCache
 from megagen.parallel.mesh import Mesh
 
 __all__ = ["EMASettings", "FeatureLoss", "OptimizerSettings", "Role", "RoleSettings", "StepInfo"]
@@ -61,8 +56,6 @@ class Role:
     ) -> None:
         self.plugin, self.settings, self.mesh = plugin, settings, mesh
         self.chunks, self.config = list(chunks), config
-        self._exchange = Exchange(data_layout, mesh)
-        self._caches = Caches()
         self._is_finite, self._has_gradients = True, False
         self._ddp: list[Any] = []
         self.optimizer: Optimizer | None = None
@@ -74,6 +67,7 @@ class Role:
             for chunk in self.chunks:
                 chunk.requires_grad_(False)
         self._pipeline = Pipeline(plugin, self._ddp or self.chunks, config, mesh)
+        self._delivery = Delivery(data_layout, self._pipeline)
 
     @staticmethod
     def build(
@@ -145,11 +139,11 @@ class Role:
     # -- passes without gradients of the weights ---------------------------------------------------
     def predict(self, requests: Sequence[Request]) -> list[Tensor]:
         """Velocities ``eps - x0``, fp32 ``[B, C, T, H, W]``, one per request, without gradient."""
-        given = self._collect(requests)
+        given = self._delivery.collect(requests)
         work = [self.plugin.inputs(request) for request in given]
         with modes.evaluating(self.chunks):
             found = self._pipeline.forward(work, lambda out, i: self._velocity(out, given[i]))
-        return self._deliver(found, given, requests)
+        return self._delivery.predictions(found, given, requests)
 
     def extend_cache(self, requests: Sequence[Request]) -> list[CacheRef]:
         """What a causal network keeps after each request's frames: its cache and theirs behind.
@@ -160,17 +154,12 @@ class Role:
         Raises:
             ConfigError: the network is not causal.
         """
-        # on every replica that has the request: which one works on it later, nobody knows yet
-        given = [self._on_device(request) for request in self._exchange.collect_all(requests)]
-        given = [r.with_(cache=(r.cache or KVCache()).recording()) for r in given]
+        given = self._delivery.collect_recording(requests)
         work = [self.plugin.inputs(request) for request in given]
         with modes.evaluating(self.chunks):
             self._pipeline.forward(work, lambda out, i: None)
         found = [self.plugin.extended_cache(request) for request in given]
-        items = self._exchange.all_items(len(requests))
-        ends = [(r.cache.next_frame if r.cache else 0) + r.latents_BCTHW.size(2) for r in requests]
-        own = zip(self._exchange.own_items(len(requests)), ends, strict=True)
-        return self._caches.keep(dict(zip(items, found, strict=True)), list(own))
+        return self._delivery.caches(found, requests)
 
     def features(self, requests: Sequence[Request], blocks: Sequence[int]) -> list[list[Tensor]]:
         """For each request the outputs of ``blocks``, sorted; what lies behind them is not run.
@@ -181,12 +170,10 @@ class Role:
             ConfigError: no block is given, or one that the network does not have.
         """
         wanted = features.in_order(self.plugin, blocks)
-        work = [self.plugin.inputs(request) for request in self._collect(requests)]
+        work = [self.plugin.inputs(request) for request in self._delivery.collect(requests)]
         with modes.evaluating(self.chunks):
             found = features.capture(self._pipeline, work, wanted)
-        own = features.templates(self.plugin, requests)
-        by_block = [self._exchange.deliver(whole, own) for whole in found]
-        return [list(row) for row in zip(*by_block, strict=True)]
+        return self._delivery.features(found, requests)
 
     def input_gradient(
         self,
@@ -208,8 +195,8 @@ class Role:
             ConfigError: ``feature_loss`` names no block, or one that the network does not have.
         """
         assert loss_fn is not None or feature_loss is not None, "no loss"
-        given = self._pipeline.padded(self._collect(requests))
-        count = len(self._exchange.weights(len(requests)))
+        given = self._pipeline.padded(self._delivery.collect(requests))
+        count = len(self._delivery.weights(len(requests)))
         leaves = [r.latents_BCTHW.detach().float().requires_grad_() for r in given]
         pairs = zip(given, leaves, strict=True)
         work = [self.plugin.inputs(r.with_(latents_BCTHW=leaf)) for r, leaf in pairs]
@@ -228,10 +215,8 @@ class Role:
         with modes.frozen(self.chunks, self._ddp):
             self._pipeline.forward_backward(work, on_output, taps)
         if feature_loss is not None and taps is not None:
-            feature_loss.losses = self._exchange.deliver_objects(taps.losses(), len(requests))
-        gradients = [self._pipeline.whole_gradient(leaf) for leaf in leaves[:count]]
-        self._pipeline.from_stage(gradients, 0)
-        return self._exchange.deliver(gradients, self._templates(requests))
+            feature_loss.losses = self._delivery.objects(taps.losses(), len(requests))
+        return self._delivery.input_gradients(leaves[:count], requests)
 
     # -- training ----------------------------------------------------------------------------------
     def zero_grad(self) -> None:
@@ -281,7 +266,7 @@ class Role:
             return self._hold(requests, targets_fn, loss_fn, more_to_come)
         if self.settings.score_schedule == "hold":
             warn_once(__name__, f"{self.name}: virtual stages cannot hold; forwards are replayed")
-        targets = self._exchange.collect(list(targets_fn(self.predict(requests))))
+        targets = self._delivery.collect_targets(list(targets_fn(self.predict(requests))))
         return self._backward(requests, loss_fn, targets, more_to_come)
 
     def step(self) -> StepInfo:
@@ -331,9 +316,9 @@ class Role:
         targets: Sequence[Any] | None,
         more_to_come: bool,
     ) -> list[dict[str, Tensor]]:
-        given = self._collect(requests)
+        given = self._delivery.collect(requests)
         self._pipeline.check_divides(len(given), self.name)
-        weights = self._exchange.weights(len(requests))
+        weights = self._delivery.weights(len(requests))
 
         def on_output(output: Tensor, index: int) -> tuple[Tensor, dict[str, float]]:
             extra = () if targets is None else (targets[index],)
@@ -352,9 +337,9 @@ class Role:
         loss_fn: TargetLossFn,
         more_to_come: bool,
     ) -> list[dict[str, Tensor]]:
-        given = self._collect(requests)
+        given = self._delivery.collect(requests)
         work = self._work(given)
-        weights = self._exchange.weights(len(requests))
+        weights = self._delivery.weights(len(requests))
         with modes.no_sync(self._ddp, self.config, active=more_to_come):
             held = self._pipeline.hold_forward(work)
             velocities: list[Tensor] = []
@@ -362,8 +347,8 @@ class Role:
                 outputs = zip(held.outputs, given, strict=True)
                 velocities = [self._velocity(output, request) for output, request in outputs]
             found = [velocity.detach() for velocity in velocities]
-            predictions = self._deliver(found, given, requests)
-            targets = self._exchange.collect(list(targets_fn(predictions)))
+            predictions = self._delivery.predictions(found, given, requests)
+            targets = self._delivery.collect_targets(list(targets_fn(predictions)))
             losses, reports = [], []
             for index, velocity in enumerate(velocities):
                 terms = loss_fn(velocity, given[index], targets[index])
@@ -387,45 +372,14 @@ class Role:
     def _velocity(self, output: Tensor, request: Request) -> Tensor:
         return self.plugin.velocity(output.float(), request)
 
-    def _collect(self, requests: Sequence[Request]) -> list[Request]:
-        """The requests that this rank's replica works on, on this rank's device."""
-        return [self._on_device(request) for request in self._exchange.collect(requests)]
-
-    def _on_device(self, request: Request) -> Request:
-        device = process.device()
-        return request.with_(
-            latents_BCTHW=request.latents_BCTHW.to(device),
-            timestep=request.timestep.to(device),
-            condition={name: value.to(device) for name, value in request.condition.items()},
-            cache=self._caches.find(request.cache),
-        )
-
     def _report(
         self, reports: Sequence[dict[str, float]], num_requests: int
     ) -> list[dict[str, Tensor]]:
         """The last stage's terms on every rank; remembers whether all were finite."""
         self._has_gradients = True
-        payload: list[Any] = [list(reports)]
-        group = self.mesh.pg.pp
-        if group.size() > 1:
-            source = dist.get_global_rank(group, group.size() - 1)
-            dist.broadcast_object_list(payload, src=source, group=group, device=process.device())
-        self._is_finite &= all(math.isfinite(v) for terms in payload[0] for v in terms.values())
-        own = self._exchange.deliver_objects(payload[0], num_requests)
-        return [{name: torch.tensor(value) for name, value in terms.items()} for terms in own]
-
-    def _deliver(
-        self, found: Sequence[Tensor], given: Sequence[Request], requests: Sequence[Request]
-    ) -> list[Tensor]:
-        """The last stage's predictions of ``given`` as those of ``requests``, on every rank."""
-        results = list(found) if found else self._templates(given)
-        self._pipeline.from_stage(results, self.mesh.dims.pp_size - 1)
-        return self._exchange.deliver(results, self._templates(requests))
-
-    def _templates(self, requests: Sequence[Request]) -> list[Tensor]:
-        """Empty fp32 tensors of the requests' latent shapes."""
-        device = process.device()
-        return [torch.empty(r.latents_BCTHW.shape, device=device) for r in requests]
+        terms, is_finite = self._delivery.terms(reports, num_requests)
+        self._is_finite &= is_finite
+        return terms
 
 
 def _floats(terms: LossTerms) -> dict[str, float]:

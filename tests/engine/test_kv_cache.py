@@ -272,15 +272,15 @@ def cache_sizes(weights: cases.Weights, rule: Rule, request: Request) -> list[tu
     sizes, ref = [], None
     for block in role.plugin.blocks(NUM_FRAMES):  # type: ignore[attr-defined]
         (ref,) = role.extend_cache([frames_of(request, block, cache=ref)])
-        cache = role._caches.find(ref)
+        cache = role._delivery._caches.find(ref)
         assert cache is not None
         assert not any(
             t.requires_grad for b in cache.blocks for kv in b.layers.values() for t in kv
         )
         sizes.append((len(cache.frames), cache.num_bytes))
-    assert len(role._caches._alive) == 1, "an older cache is still held"
+    assert len(role._delivery._caches._alive) == 1, "an older cache is still held"
     del ref, cache
-    assert not role._caches._alive
+    assert not role._delivery._caches._alive
     return sizes
 
 

@@ -38,7 +38,10 @@ ALLOWED: dict[str, set[str]] = {
 FURTHER = {"checkpoint/state.py": {"engine"}, "checkpoint/convert.py": {"engine"}}
 """Single files that stand higher than the rest of their part: a run's state holds its roles'."""
 
-ON_TOP = {"__main__", "builder", "cli", "demo", "lora", "throughput", "trainer"}
+ON_TOP = {
+    *{"__main__", "builder", "checks", "cli", "demo", "lora", "settings", "throughput"},
+    "trainer",
+}
 """The trainer and the command line: nothing below imports them, and they may import anything."""
 
 

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from megagen.builder import build_plugins, check
+from megagen.builder import build_plugins
+from megagen.checks import check
 from megagen.cli.convert import convert
 from megagen.cli.train import run_training
 from megagen.config.load import load_run_config
