@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from megagen.core.options import parse_options
 from megagen.core.streams import Streams
@@ -84,19 +83,33 @@ def asked(count: int, split: Split) -> Clips:
 
 
 def sample(pipeline: VideoPipeline, wanted: Clips, **how: Any) -> Clips:
-    """Clips from a model for the captions of ``wanted``; ``how`` goes into ``SamplingOptions``."""
+    """Clips from a model for the captions of ``wanted``, on every rank. Collective.
+
+    The captions are dealt out over the pipeline's data ranks; clip n is a function of the seed and
+    n, so that their number changes nothing.
+
+    Args:
+        pipeline: built on every rank.
+        wanted: what to show.
+        how: of ``SamplingOptions``.
+    """
+    from megagen.parallel.comm import all_reduce
     from megagen.sampling.pipeline import SamplingOptions
 
     options = SamplingOptions(
         num_frames=digits.NUM_FRAMES,
         height=digits.FRAME_SIZE,
         width=digits.FRAME_SIZE,
-        batch_size=64,
+        batch_size=32,  # what a core's cache holds
         **how,
     )
-    videos: dict[int, Tensor] = dict(pipeline.generate(wanted.captions, options))
-    frames = torch.stack([videos[n].float().mean(-1) / 255 for n in range(len(wanted))])
-    return replace(wanted, frames_NTHW=frames)
+    size = (len(wanted), digits.NUM_FRAMES, digits.FRAME_SIZE, digits.FRAME_SIZE)
+    own_NTHW = torch.zeros(size)
+    for position, video_THWC in pipeline.generate(wanted.captions, options):
+        own_NTHW[position] = video_THWC.float().mean(-1) / 255
+    mesh = pipeline.data_layout
+    frames_NTHW = all_reduce(all_reduce(own_NTHW, mesh.pg.dp), mesh.replica)
+    return replace(wanted, frames_NTHW=frames_NTHW)
 
 
 def write_samples(clips: Clips, folder: Path, count: int) -> None:

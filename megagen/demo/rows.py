@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megagen.demo import clips as clip_sets
 from megagen.demo.digits import Clips
-from megagen.demo.judge import Judge, Verdict
+from megagen.demo.judge import Verdict
 from megagen.demo.training import checkpoints
 
 if TYPE_CHECKING:
@@ -34,11 +34,15 @@ class Row:
 
     Args:
         clips: with frames.
-        seconds: of wall-clock time for all of them, decoding included.
+        seconds: of wall-clock time for all of them on all cores, decoding included.
     """
 
     clips: Clips
     seconds: float
+
+
+Checkpoint = tuple[str, int, dict[int, Clips]]
+"""Run, its step, and number of sampling steps to the clips that the student made then."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +61,48 @@ class Point:
 
 
 def sample_rows(
-    student: Path, teacher: Path, asked: Clips, *, seed: int, guidance: float, steps: Sequence[int]
+    student: Path,
+    teacher: Path,
+    asked: Clips,
+    known: Clips,
+    *,
+    seed: int,
+    guidance: float,
+    steps: Sequence[int],
 ) -> dict[str, Row]:
-    """Clips of the student, then of the teacher by ``steps`` guided Euler steps."""
-    rows = {}
+    """Clips of the student, then of the teacher by ``steps`` guided Euler steps. Collective.
+
+    Args:
+        student, teacher: diffusers directories.
+        asked: held-out captions, of every row.
+        known: captions of the training, of a further row of each.
+        seed: of the noise.
+        guidance: of the teacher.
+        steps: the teacher's, its main row first.
+    """
+    rows, further = {}, {}
     pipeline = load(student)
     for count in STUDENT_STEPS:
         rows[f"student, {count} steps"] = timed(pipeline, asked, student_way(count, seed))
+    count = next(iter(STUDENT_STEPS))
+    further[on_known(f"student, {count} steps")] = timed(pipeline, known, student_way(count, seed))
     pipeline = load(teacher)
     for count in steps:
-        how = {"num_steps": count, "sampler": "euler", "guidance_scale": guidance, "seed": seed}
-        rows[f"teacher, {count} steps"] = timed(pipeline, asked, how)
-    return rows
+        way = teacher_way(count, guidance, seed)
+        rows[f"teacher, {count} steps"] = timed(pipeline, asked, way)
+    way = teacher_way(steps[0], guidance, seed)
+    further[on_known(f"teacher, {steps[0]} steps")] = timed(pipeline, known, way)
+    return rows | further
+
+
+def on_known(title: str) -> str:
+    """The title of the row whose captions are those of the training."""
+    return f"{title}, known captions"
+
+
+def teacher_way(steps: int, guidance: float, seed: int) -> dict[str, Any]:
+    """How the teacher is sampled: guided Euler steps."""
+    return {"num_steps": steps, "sampler": "euler", "guidance_scale": guidance, "seed": seed}
 
 
 def student_way(steps: int, seed: int) -> dict[str, Any]:
@@ -84,16 +118,19 @@ def timed(pipeline: VideoPipeline, asked: Clips, how: Mapping[str, Any]) -> Row:
     return Row(clips, time.monotonic() - begin)
 
 
-def follow(out: Path, judge: Judge, asked: Clips, seed: int) -> list[Point]:
-    """The student's figures at each of its checkpoints."""
-    found = []
-    for run, step, pipeline in student_pipelines(out):
-        verdicts = {
-            steps: judge.judge(clip_sets.sample(pipeline, asked, **student_way(steps, seed)))
-            for steps in STUDENT_STEPS
-        }
-        found.append(Point(run, step, verdicts))
-    return found
+def sample_progress(out: Path, asked: Clips, seed: int) -> list[Checkpoint]:
+    """The student at each of its checkpoints. Collective."""
+    return [
+        (
+            run,
+            step,
+            {
+                count: clip_sets.sample(pipeline, asked, **student_way(count, seed))
+                for count in STUDENT_STEPS
+            },
+        )
+        for run, step, pipeline in student_pipelines(out)
+    ]
 
 
 def load(directory: Path) -> VideoPipeline:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,12 @@ from megagen.config.load import parse_overrides
 from megagen.core.log import get_logger
 from megagen.core.streams import Streams
 from megagen.demo import clips as clip_sets
-from megagen.demo import digits
+from megagen.demo import digits, processes
+from megagen.demo.digits import Clips
 from megagen.demo.distil import DistilOptions, distil
-from megagen.demo.judge import train_judge
+from megagen.demo.judge import Judge, Verdict, train_judge
 from megagen.demo.report import DemoResult
-from megagen.demo.rows import follow, load, sample_rows
+from megagen.demo.rows import Checkpoint, Point, Row, load, sample_progress, sample_rows
 from megagen.demo.training import read_losses, train
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ CODEC = {
 TEXT_ENCODER = {"name": "hashed", "dim": 64, "max_length": 5}
 WEIGHTS = Path(__file__).parent / "weights"
 """The teacher that comes with megagen."""
-_GRID = 40  # clips in each grid of the report: every digit in every direction
+_GRID = 40  # clips in each grid of the report: every held-out caption four times
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class DemoOptions:
         num_samples: clips to sample and judge, of each row.
         teacher_steps: solver steps of the teacher's rows, the main row first.
         judge_epochs: epochs of the classifier's training.
+        processes: that sample and judge.
         seed: of clips, judge and sampling noise (the training's is in its config).
     """
 
@@ -75,6 +77,7 @@ class DemoOptions:
     num_samples: int = 1000
     teacher_steps: tuple[int, ...] = (48, 4, 2)
     judge_epochs: int = 24
+    processes: int = field(default_factory=processes.available)
     seed: int = 0
 
 
@@ -102,8 +105,6 @@ def run_demo(options: DemoOptions) -> DemoResult:
     Raises:
         MegagenError: a phase failed; the message says which.
     """
-    from megagen.parallel.launch import init_distributed
-
     out, streams = options.out, Streams(options.seed)
     phase = _Phases(6 + (options.config is not None))
     with phase("clips", f"{options.num_train} training and {options.num_held_out} held-out mp4s"):
@@ -111,38 +112,64 @@ def run_demo(options: DemoOptions) -> DemoResult:
     with phase("preprocess", f"mp4 files to latents in {out / 'data'}"):
         for videos, data in (("train", "data"), ("held_out", "held_out")):
             clip_sets.preprocess_videos(out / "videos" / videos, out / data, CODEC, TEXT_ENCODER)
-    init_distributed()
     teacher = make_teacher(options, phase)
     distil(options.distil, teacher, out, TEXT_ENCODER, phase)
     asked = clip_sets.asked(options.num_samples, "held_out")
     with phase("sample", f"{options.num_samples} clips from captions for each row"):
-        rows = sample_rows(
-            out / "student",
-            teacher,
-            asked,
-            seed=options.seed,
-            guidance=options.distil.guidance_scale,
-            steps=options.teacher_steps,
-        )
+        rows, progress = processes.together(options.processes, sample, options, teacher, asked)
         clip_sets.write_samples(next(iter(rows.values())).clips, out / "samples", _GRID)
     with phase("judge", "classifier, motion and Frechet distance, also of the checkpoints"):
         real = clip_sets.from_dataset(out / "held_out")
         known = clip_sets.from_dataset(out / "data", limit=len(real))
         judge = train_judge(streams, reference=real, num_epochs=options.judge_epochs)
-        verdicts = {title: judge.judge(row.clips) for title, row in rows.items()}
-        verdicts |= {"real, training": judge.judge(known), "real, held out": judge.judge(real)}
-        progress = follow(out, judge, asked, options.seed)
+        sets = {title: row.clips for title, row in rows.items()}
+        sets |= {"real, training": known, "real, held out": real}
+        verdicts, points = judged(judge, sets, progress, options.processes)
     shown = {"real, held out": clip_sets.in_order_of(real, asked, _GRID)}
-    shown |= {title: clip_sets.first(row.clips, _GRID) for title, row in rows.items()}
+    shown |= {
+        title: clip_sets.first(row.clips, _GRID)
+        for title, row in rows.items()
+        if row.clips.captions[:_GRID] == asked.captions[:_GRID]
+    }
     return DemoResult(
         verdicts=verdicts,
-        milliseconds={title: 1e3 * row.seconds / len(asked) for title, row in rows.items()},
+        milliseconds={t: 1e3 * row.seconds / len(row.clips) for t, row in rows.items()},
         shown=shown,
-        progress=progress,
+        progress=points,
         losses={run: read_losses(out / run) for run in ("kd", "dmd2")},
         seconds=phase.seconds,
-        facts=facts(options, teacher),
+        facts=processes.together(1, facts, options, teacher),
     )
+
+
+def sample(
+    options: DemoOptions, teacher: Path, asked: Clips
+) -> tuple[dict[str, Row], list[Checkpoint]]:
+    """The rows, and the student on its way to them. Collective."""
+    rows = sample_rows(
+        options.out / "student",
+        teacher,
+        asked,
+        clip_sets.asked(max(20, len(asked) // 2), "train"),
+        seed=options.seed,
+        guidance=options.distil.guidance_scale,
+        steps=options.teacher_steps,
+    )
+    return rows, sample_progress(options.out, asked, options.seed)
+
+
+def judged(
+    judge: Judge, sets: dict[str, Clips], progress: Sequence[Checkpoint], num_processes: int
+) -> tuple[dict[str, Verdict], list[Point]]:
+    """Figures of named sets of clips and of the checkpoints'."""
+    drawn = [clips for _, _, ways in progress for clips in ways.values()]
+    found = processes.each(num_processes, judge.judge, [*sets.values(), *drawn])
+    verdicts = dict(zip(sets, found, strict=False))
+    rest = iter(found[len(sets) :])
+    points = [
+        Point(run, step, {count: next(rest) for count in ways}) for run, step, ways in progress
+    ]
+    return verdicts, points
 
 
 def make_teacher(options: DemoOptions, phase: _Phases) -> Path:
@@ -154,7 +181,7 @@ def make_teacher(options: DemoOptions, phase: _Phases) -> Path:
         keys = parse_overrides(options.overrides)
         keys["training.data.data_path"] = options.out / "data"
         train(options.config, run, options.distil.num_ranks, keys)
-        export_teacher(options.out)
+        processes.together(1, export_teacher, options.out)
     return options.out / "teacher"
 
 

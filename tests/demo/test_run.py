@@ -54,6 +54,8 @@ def test_every_file_is_there_and_whole(job: Path) -> None:
         assert figures["rows"][name]["num_clips"] == 20
         assert figures["milliseconds_per_clip"][name] > 0
     assert figures["against_teacher"]["teacher, 48 steps"]["frechet"] == 1.0
+    for name in ("student, 4 steps, known captions", "teacher, 48 steps, known captions"):
+        assert figures["rows"][name]["num_clips"] == 20
     points = [(p["run"], p["step"]) for p in figures["progress"]]
     assert points == [("kd", 4), *(("dmd2", step) for step in (2, 4, 6, 8))]
     last = figures["progress"][-1]
