@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,8 @@ CODEC = {
 TEXT_ENCODER = {"name": "hashed", "dim": 64, "max_length": 5}
 WEIGHTS = Path(__file__).parent / "weights"
 """The teacher that comes with megagen."""
-_GRID = 40  # clips in each grid of the report: every held-out caption four times
+GRID = 40
+"""Clips in each grid of the report: every held-out caption four times."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,13 @@ class DemoOptions:
 
 
 @dataclass
-class _Phases:
-    """Names, times and announces the phases."""
+class Phases:
+    """Names, times and announces the phases.
+
+    Args:
+        count: of phases.
+        seconds: phase to its wall-clock seconds.
+    """
 
     count: int
     seconds: dict[str, float] = field(default_factory=dict)
@@ -106,40 +112,69 @@ def run_demo(options: DemoOptions) -> DemoResult:
         MegagenError: a phase failed; the message says which.
     """
     out, streams = options.out, Streams(options.seed)
-    phase = _Phases(6 + (options.config is not None))
-    with phase("clips", f"{options.num_train} training and {options.num_held_out} held-out mp4s"):
-        make_videos(options, streams)
-    with phase("preprocess", f"mp4 files to latents in {out / 'data'}"):
-        for videos, data in (("train", "data"), ("held_out", "held_out")):
-            clip_sets.preprocess_videos(out / "videos" / videos, out / data, CODEC, TEXT_ENCODER)
+    phase = Phases(6 + (options.config is not None))
+    make_data(options, streams, phase)
     teacher = make_teacher(options, phase)
     distil(options.distil, teacher, out, TEXT_ENCODER, phase)
     asked = clip_sets.asked(options.num_samples, "held_out")
     with phase("sample", f"{options.num_samples} clips from captions for each row"):
         rows, progress = processes.together(options.processes, sample, options, teacher, asked)
-        clip_sets.write_samples(next(iter(rows.values())).clips, out / "samples", _GRID)
+        clip_sets.write_samples(next(iter(rows.values())).clips, out / "samples", GRID)
     with phase("judge", "classifier, motion and Frechet distance, also of the checkpoints"):
-        real = clip_sets.from_dataset(out / "held_out")
-        known = clip_sets.from_dataset(out / "data", limit=len(real))
-        judge = train_judge(streams, reference=real, num_epochs=options.judge_epochs)
-        sets = {title: row.clips for title, row in rows.items()}
-        sets |= {"real, training": known, "real, held out": real}
-        verdicts, points = judged(judge, sets, progress, options.processes)
-    shown = {"real, held out": clip_sets.in_order_of(real, asked, _GRID)}
-    shown |= {
-        title: clip_sets.first(row.clips, _GRID)
-        for title, row in rows.items()
-        if row.clips.captions[:_GRID] == asked.captions[:_GRID]
-    }
+        found = figures(options, streams, asked, rows, progress)
     return DemoResult(
-        verdicts=verdicts,
-        milliseconds={t: 1e3 * row.seconds / len(row.clips) for t, row in rows.items()},
-        shown=shown,
-        progress=points,
+        **found,
         losses={run: read_losses(out / run) for run in ("kd", "dmd2")},
         seconds=phase.seconds,
         facts=processes.together(1, facts, options, teacher),
     )
+
+
+def make_data(options: DemoOptions, streams: Streams, phase: Phases) -> None:
+    """``out/videos``, and of it ``out/data`` and ``out/held_out``; the first two phases."""
+    count = f"{options.num_train} training and {options.num_held_out} held-out mp4s"
+    with phase("clips", count):
+        make_videos(options, streams)
+    out = options.out
+    with phase("preprocess", f"mp4 files to latents in {out / 'data'}"):
+        for videos, data in (("train", "data"), ("held_out", "held_out")):
+            clip_sets.preprocess_videos(out / "videos" / videos, out / data, CODEC, TEXT_ENCODER)
+
+
+def figures(
+    options: DemoOptions,
+    streams: Streams,
+    asked: Clips,
+    rows: Mapping[str, Row],
+    progress: Sequence[Checkpoint],
+) -> dict[str, Any]:
+    """What ``DemoResult`` has of sampled clips: verdicts, milliseconds, shown, progress.
+
+    Args:
+        options: of the job.
+        streams: of the judge.
+        asked: the held-out captions.
+        rows: sampled clips; those of other captions are judged and not shown.
+        progress: the student's at its checkpoints.
+    """
+    real = clip_sets.from_dataset(options.out / "held_out")
+    known = clip_sets.from_dataset(options.out / "data", limit=len(real))
+    judge = train_judge(streams, reference=real, num_epochs=options.judge_epochs)
+    sets = {title: row.clips for title, row in rows.items()}
+    sets |= {"real, training": known, "real, held out": real}
+    verdicts, points = judged(judge, sets, progress, options.processes)
+    shown = {"real, held out": clip_sets.in_order_of(real, asked, GRID)}
+    shown |= {
+        title: clip_sets.first(row.clips, GRID)
+        for title, row in rows.items()
+        if row.clips.captions[:GRID] == asked.captions[:GRID]
+    }
+    return {
+        "verdicts": verdicts,
+        "milliseconds": {t: 1e3 * row.seconds / len(row.clips) for t, row in rows.items()},
+        "shown": shown,
+        "progress": points,
+    }
 
 
 def sample(
@@ -172,7 +207,7 @@ def judged(
     return verdicts, points
 
 
-def make_teacher(options: DemoOptions, phase: _Phases) -> Path:
+def make_teacher(options: DemoOptions, phase: Phases) -> Path:
     """The directory of the teacher: the given one, or that of a run made here."""
     if options.config is None:
         return options.teacher
