@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,10 +26,12 @@ from megagen.demo.charts import loss_svg, progress_svg
 from megagen.demo.digits import VIDEO_FPS, WORDS, Clips
 from megagen.demo.judge import Verdict
 from megagen.demo.rows import Point
+from megagen.demo.words import Words
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _GAP = 2
-GIF = ("real, held out", "teacher, 48 steps", "teacher, 4 steps", "student, 4 steps")
-"""What ``clips.gif`` shows, from left to right."""
 _COLUMNS = (
     ("digit accuracy", "digit_accuracy", "{:.3f}"),
     ("direction accuracy", "direction_accuracy", "{:.3f}"),
@@ -51,6 +53,8 @@ class DemoResult:
         losses: run to the training loss of each step.
         seconds: phase to its wall-clock seconds.
         facts: what else to print and save (parameters, steps, parity...), JSON values.
+        words: of the page.
+        streams: title to figures of making one clip at a time; none where nothing is streamed.
     """
 
     verdicts: dict[str, Verdict]
@@ -60,13 +64,16 @@ class DemoResult:
     losses: dict[str, Sequence[float]]
     seconds: dict[str, float]
     facts: dict[str, Any] = field(default_factory=dict)
+    words: Words = field(default_factory=Words)
+    streams: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def write_report(result: DemoResult, folder: Path) -> None:
     """Write ``report.html``, ``metrics.json`` and ``clips.gif`` (the grids side by side)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.html").write_text(render(result), encoding="utf-8")
-    sheets = [grid(result.shown[title].frames_NTHW) for title in GIF if title in result.shown]
+    titles = [title for title in result.words.gif if title in result.shown]
+    sheets = [grid(result.shown[title].frames_NTHW) for title in titles]
     gap = torch.full((len(sheets[0]), sheets[0].shape[1], 6), 110, dtype=torch.uint8)
     sides = [part for sheet in sheets for part in (gap, sheet)][1:]
     (folder / "clips.gif").write_bytes(gif(torch.cat(sides, dim=2), scale=2))
@@ -88,6 +95,7 @@ def metrics(result: DemoResult) -> dict[str, Any]:
             for p in result.progress
         ],
         "seconds": {name: round(value, 2) for name, value in result.seconds.items()},
+        **({"streaming": result.streams} if result.streams else {}),
     }
 
 
@@ -111,7 +119,7 @@ def print_table(result: DemoResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    figures = Table(title="Moving digits", title_justify="left")
+    figures = Table(title=result.words.title, title_justify="left")
     figures.add_column("", no_wrap=True)
     for title in (*(title for title, _, _ in _COLUMNS), "ms a clip"):
         figures.add_column(title, justify="right")
@@ -124,7 +132,21 @@ def print_table(result: DemoResult) -> None:
         phases.add_row(name, f"{seconds:.1f}")
     console = Console()
     console.print(figures)
+    if result.streams:
+        console.print(_streams_table(result.streams))
     console.print(phases)
+
+
+def _streams_table(streams: Mapping[str, Mapping[str, float]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="One clip at a time", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in next(iter(streams.values())):
+        table.add_column(column, justify="right")
+    for title, row in streams.items():
+        table.add_row(title, *(f"{value:.4g}" for value in row.values()))
+    return table
 
 
 def render(result: DemoResult) -> str:
@@ -136,6 +158,11 @@ def render(result: DemoResult) -> str:
         for title, cells in _rows(result)
     )
     return page.substitute(
+        about=html.escape(result.words.about),
+        figures=html.escape(result.words.figures),
+        clips=html.escape(result.words.clips),
+        moved=html.escape(result.words.progress),
+        streams=_streams(result.streams),
         header=header,
         rows=rows,
         grids="".join(_figure(title, clips) for title, clips in result.shown.items()),
@@ -146,6 +173,23 @@ def render(result: DemoResult) -> str:
         ),
         facts=_definitions(_flat(result.facts)),
         seconds=_definitions({name: f"{value:.1f} s" for name, value in result.seconds.items()}),
+    )
+
+
+def _streams(streams: Mapping[str, Mapping[str, float]]) -> str:
+    """A table of figures of single clips, or nothing."""
+    if not streams:
+        return ""
+    columns = "".join(f"<th>{html.escape(name)}</th>" for name in next(iter(streams.values())))
+    rows = "".join(
+        f"<tr><th>{html.escape(title)}</th>"
+        + "".join(f"<td>{value:.4g}</td>" for value in row.values())
+        + "</tr>"
+        for title, row in streams.items()
+    )
+    return (
+        "<h2>One clip at a time</h2>"
+        f"<table><thead><tr><th></th>{columns}</tr></thead><tbody>{rows}</tbody></table>"
     )
 
 
@@ -162,7 +206,7 @@ def _progress(result: DemoResult) -> list[str]:
     teacher = next((v for t, v in result.verdicts.items() if t.startswith("teacher")), None)
     if teacher is None or not result.progress:
         return []
-    marks = [p.run if p.run == "kd" else f"{p.step}" for p in result.progress]
+    marks = [p.run if p.run in result.words.begins else f"{p.step}" for p in result.progress]
     found = []
     for title, name, _ in _COLUMNS[:-1]:
         curves = {
