@@ -63,11 +63,11 @@ def to_diffusers(
         )
     )
     if lora == "merged":
-        _write_spec(checkpoint, target, base)
+        _write_spec(checkpoint, target, role, base)
     print(target)
 
 
-def _write_spec(checkpoint: Path, target: Path, base: Path | None) -> None:
+def _write_spec(checkpoint: Path, target: Path, role: str, base: Path | None) -> None:
     """``sampling.json``, so that ``megagen sample --model`` knows codec and text encoder."""
     from megagen.checkpoint.state import read_trainer
     from megagen.checkpoint.weights import find_checkpoint
@@ -79,7 +79,7 @@ def _write_spec(checkpoint: Path, target: Path, base: Path | None) -> None:
     config = read_trainer(found, hashes=False).config if found is not None else {}
     if base is not None or not config:
         return  # a pipeline brings its own parts; converted weights say nothing
-    spec = run_spec(parse_options(RunConfig, config, str(found)))
+    spec = run_spec(parse_options(RunConfig, config, str(found)), role)
     if spec is not None:
         write_spec(target, spec)
 

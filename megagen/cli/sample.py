@@ -34,22 +34,29 @@ def sample(
     num_frames: Annotated[int | None, typer.Option(help="Default: as trained, else 81.")] = None,
     height: Annotated[int | None, typer.Option(help="Default: as trained, else 480.")] = None,
     width: Annotated[int | None, typer.Option(help="Default: as trained, else 832.")] = None,
-    steps: Annotated[int, typer.Option(help="Solver steps.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(help="1: no unconditional pass.")] = 5.0,
+    steps: Annotated[
+        int | None, typer.Option(help="Solver steps; default the model's own, else 50.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="1: no unconditional pass; default the model's own, else 5."),
+    ] = None,
     guidance_scale_2: Annotated[
         float | None, typer.Option(help="Of the low-noise expert; default the same.")
     ] = None,
     shift: Annotated[float | None, typer.Option(help="Flow shift; default the model's.")] = None,
     sampler: Annotated[
-        str, typer.Option(help="unipc, euler, or sde (few-step students).")
-    ] = "unipc",
+        str | None,
+        typer.Option(help="unipc, euler, or sde (few-step students); default its own, else unipc."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts sampled together.")] = 1,
     stream: Annotated[
         bool, typer.Option(help="Block by block, the file growing (causal networks).")
     ] = False,
     t_list: Annotated[
-        str | None, typer.Option(help="A few-step student's timesteps, as 1000,750,500,250.")
+        str | None,
+        typer.Option(help="A few-step student's timesteps, as 1000,750,500,250; default its own."),
     ] = None,
     sample_type: Annotated[
         str | None, typer.Option(help="With --stream: noise of a step down, sde (default) or ode.")
@@ -73,8 +80,8 @@ def sample(
     Examples: megagen sample --model runs/demo/teacher --prompt "a three moving left";
     megagen sample --run runs/wan --prompts-file prompts.txt --nproc 4 --tp-size 2;
     megagen sample --run runs/causal --prompt "rain" --stream --t-list 1000,750,500,250
-    --guidance-scale 1; a few-step student: megagen sample --run runs/few --prompt "rain"
-    --sampler sde --t-list 1000,750,500,250 --guidance-scale 1
+    --guidance-scale 1. A few-step student knows its timesteps, its sampler and that it takes no
+    guidance; options given here come first.
     """
     if (model is None) == (run is None):
         raise ConfigError("give either --model or --run.", where="megagen sample")
@@ -93,21 +100,19 @@ def sample(
     dims = ParallelDims(tp_size=tp_size, cp_size=cp_size, pp_size=pp_size)
     for plugin in origin.plugins:
         plugin.check(dims, "megagen sample")
+    chosen = way(origin.spec, steps, steps_down, sampler, guidance_scale)
     options = _options(
         origin.spec,
         num_frames=num_frames,
         height=height,
         width=width,
-        num_steps=steps,
-        guidance_scale=guidance_scale,
         guidance_scale_2=guidance_scale_2,
         shift=shift,
-        sampler=sampler,
         negative_prompt=negative_prompt,
         seed=seed,
         batch_size=batch_size,
-        t_list=None if stream else steps_down,
-        stream=_stream_options(stream, steps_down, sample_type, context_noise),
+        stream=_stream_options(stream, chosen["t_list"], origin.spec, sample_type, context_noise),
+        **(chosen | {"t_list": None} if stream else chosen),
     )
     images = read_images(image or [], len(prompts), options)
     rate = fps or origin.spec.fps or 16
@@ -174,6 +179,29 @@ def _options(spec: SamplingSpec, **given: Any) -> SamplingOptions:
         if given[name] is None:
             given[name] = getattr(spec, name) or default
     return parse_options(SamplingOptions, given, "megagen sample")
+
+
+def way(
+    spec: SamplingSpec,
+    steps: int | None,
+    t_list: list[float] | None,
+    sampler: str | None,
+    guidance_scale: float | None,
+) -> dict[str, Any]:
+    """Keys of ``SamplingOptions``: what is given, else as the model says, else the defaults.
+
+    A number of steps stands against the model's own list of them.
+    """
+    if t_list is None and steps is None:
+        t_list = spec.t_list
+    if guidance_scale is None:
+        guidance_scale = 5.0 if spec.guidance_scale is None else spec.guidance_scale
+    return {
+        "num_steps": 50 if steps is None else steps,
+        "t_list": t_list,
+        "sampler": sampler or spec.sampler or "unipc",
+        "guidance_scale": guidance_scale,
+    }
 
 
 def _start(nproc: int, dims: Any, arguments: tuple[Any, ...]) -> None:
@@ -256,13 +284,22 @@ def _stream_here(
 
 
 def _stream_options(
-    stream: bool, t_list: list[float] | None, sample_type: str | None, context_noise: float | None
+    stream: bool,
+    t_list: list[float] | None,
+    spec: SamplingSpec,
+    sample_type: str | None,
+    context_noise: float | None,
 ) -> dict[str, Any] | None:
     """Of ``SamplingOptions.stream``; None for whole videos, which these options do not concern."""
     given = {"sample_type": sample_type, "context_noise": context_noise}
     given = {name: value for name, value in given.items() if value is not None}
     if stream:
-        return {**given, "t_list": t_list}
+        own: dict[str, Any] = {"t_list": t_list}
+        if spec.sampler is not None:
+            own["sample_type"] = "sde" if spec.sampler == "sde" else "ode"
+        if spec.context_noise is not None:
+            own["context_noise"] = spec.context_noise
+        return own | given
     if given:
         raise ConfigError(
             f"is {next(iter(given.values()))!r}, which concerns streams alone.",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,9 @@ from megagen.models.hub import local_directory, read_json
 from megagen.models.wan_causal.options import CONFIG_KEY as CAUSAL_KEY
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.mesh import Mesh
+from megagen.sampling.flow import SamplerName, shift_sigma
 from megagen.sampling.pipeline import VideoPipeline
+from megagen.sampling.streaming import TimestepList
 
 SPEC = "sampling.json"
 
@@ -52,6 +54,10 @@ class SamplingSpec(StrictOptions):
         fps: of its videos.
         flow_shift: of its sigma grid.
         negative_prompt: of its unconditional branch.
+        t_list: timesteps of a few-step student, going down to a final 0; None: it has none.
+        sampler: how it is sampled; None: nothing is said.
+        guidance_scale: it is sampled with; None: nothing is said.
+        context_noise: timestep at which a causal student's finished blocks are cached.
     """
 
     codec: dict[str, Any]
@@ -62,6 +68,10 @@ class SamplingSpec(StrictOptions):
     fps: float | None = None
     flow_shift: float | None = None
     negative_prompt: str = ""
+    t_list: TimestepList | None = None
+    sampler: SamplerName | None = None
+    guidance_scale: float | None = None
+    context_noise: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +223,7 @@ def read_spec(path: Path) -> SamplingSpec | None:
 
 def write_spec(directory: Path, spec: SamplingSpec) -> None:
     """Write ``sampling.json`` beside a model's weights."""
-    text = json.dumps(spec.model_dump(mode="json"), indent=1)
+    text = json.dumps(spec.model_dump(mode="json", exclude_none=True), indent=1)
     (directory / SPEC).write_text(text + "\n")
 
 
@@ -235,8 +245,8 @@ def _pipeline_spec(root: Path) -> SamplingSpec:
     )
 
 
-def run_spec(config: RunConfig) -> SamplingSpec | None:
-    """The specs of the run's config, else of its dataset."""
+def run_spec(config: RunConfig, role: str = "student") -> SamplingSpec | None:
+    """The specs of the run's config, else of its dataset; a student's with its own timesteps."""
     data = next(iter(config.training.data.sources()), None)
     spec = read_spec(Path(data)) if data else None
     given: dict[str, Any] = {
@@ -248,9 +258,39 @@ def run_spec(config: RunConfig) -> SamplingSpec | None:
         )
         if value is not None
     }
+    if role == "student":
+        shift = config.models[role].flow_shift or config.pipeline.flow_shift
+        given |= few_step_way(config.method.own_options(), shift)
     if spec is not None:
         return spec.model_copy(update=given)
     return SamplingSpec(**given) if {"codec", "text_encoder"} <= given.keys() else None
+
+
+def few_step_way(method: Mapping[str, Any], shift: float | None) -> dict[str, Any]:
+    """How the student of a method is sampled, as keys of ``SamplingSpec``; none of its own: {}.
+
+    Args:
+        method: options of the run's method.
+        shift: the student's, for lists of places on the unshifted grid (``warp_denoising_step``).
+    """
+    steps = [float(t) for t in method.get("t_list") or method.get("dmd_denoising_steps") or ()]
+    if not steps:
+        return {}
+    if method.get("warp_denoising_step"):
+        if shift is None:
+            return {}
+        steps = [1000 * shift_sigma(t / 1000, shift) for t in steps]
+    # paths of a teacher are those of its ODE; other students step by fresh noise unless told
+    default = "ode" if "teacher_path_cache" in method else "sde"
+    is_sde = method.get("student_sample_type", default) == "sde"
+    found: dict[str, Any] = {
+        "t_list": [*steps, 0.0] if steps[-1] else steps,
+        "sampler": "sde" if is_sde else "euler",
+        "guidance_scale": 1.0,
+    }
+    if "context_noise" in method:
+        found["context_noise"] = float(method["context_noise"])
+    return found
 
 
 def _no_spec(path: Path) -> ConfigError:
