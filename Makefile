@@ -1,4 +1,5 @@
 # make demo   set up and run the whole path on handwritten digits, with a report at the end
+# make demo-causal   the same teacher made causal, distilled and streamed
 # make test   set up and run linters, types and tests
 # make triton-oldest   fetch the oldest supported triton (188 MB), on which kernels are compiled too
 # Variables: PYTHON (3.11 or 3.12), TORCH (the torch requirement), TESTS (what pytest runs).
@@ -12,11 +13,14 @@ OLDEST_TRITON := 3.6.0
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint pytest bench docs setup triton-oldest clean
+.PHONY: demo demo-causal test lint pytest bench docs setup triton-oldest clean
 .DEFAULT_GOAL := test
 
 demo: setup
 	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2) $(BIN)/megagen demo
+
+demo-causal: setup
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2) $(BIN)/megagen demo-causal
 
 test: lint pytest
 

@@ -65,6 +65,10 @@ COMMANDS: dict[str, Command] = {
         "Run the whole path on handwritten digits and write a report.",
         takes_overrides=True,
     ),
+    "demo-causal": Command(
+        "megagen.cli.demo_causal:demo_causal",
+        "Make the demo's teacher causal, distil it, stream clips from it.",
+    ),
     "doctor": Command(
         "megagen.cli.doctor:doctor", "Say what is installed, what is missing and what to do."
     ),

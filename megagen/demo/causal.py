@@ -1,0 +1,270 @@
+"""``megagen demo-causal``: the digit teacher made causal, distilled and streamed.
+
+Three runs of ``megagen train``, each from the weights of the one before: diffusion forcing on the
+training clips, knowledge distillation with a timestep a block, self-forcing from captions alone.
+What they leave makes a clip block by block on a cache, in four steps a block or two.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megagen.core.streams import Streams
+from megagen.demo import clips as clip_sets
+from megagen.demo import digits, processes
+from megagen.demo.digits import Clips
+from megagen.demo.distil import Phase, export, steps_of, write_prompts
+from megagen.demo.report import DemoResult
+from megagen.demo.rows import Checkpoint, Row, load, on_known, teacher_way, timed
+from megagen.demo.run import GRID, TEXT_ENCODER, DemoOptions, Phases, figures, make_data
+from megagen.demo.training import checkpoints, read_losses, train
+from megagen.demo.words import FIGURES, Words
+
+if TYPE_CHECKING:
+    from megagen.sampling.pipeline import VideoPipeline
+
+RUNS = ("forcing", "causal_kd", "self_forcing")
+"""Names of the three runs and of their folders."""
+CAUSAL_STEPS: Mapping[int, tuple[float, ...]] = {
+    4: (1000.0, 900.0, 750.0, 500.0, 0.0),
+    2: (1000.0, 750.0, 0.0),
+}
+"""Number of steps a block to the timesteps at which the causal student is streamed."""
+_TIMED_CLIPS = 12
+
+WORDS = Words(
+    title="Moving digits, block by block",
+    about=(
+        "A bidirectional video diffusion transformer makes clips of handwritten digits in 48 "
+        "steps. It was made causal here (diffusion forcing), taught where the teacher's paths end "
+        "(causal knowledge distillation) and then trained on its own clips (self-forcing), from "
+        "captions alone. The student makes a clip two frames at a time, in 4 steps each, or 2, on "
+        "a cache of the frames before."
+    ),
+    figures=FIGURES,
+    progress=(
+        "Figures at the end of causal knowledge distillation (kd) and at steps of self-forcing; "
+        "dashed: the teacher at its most steps."
+    ),
+    gif=("real, held out", "teacher, 48 steps", "teacher, 4 steps", "causal student, 4 steps"),
+    begins=("causal_kd",),
+)
+
+
+@dataclass(frozen=True)
+class CausalOptions:
+    """The three runs.
+
+    Args:
+        forcing, kd, self_forcing: their configs.
+        num_ranks: of data parallelism.
+        num_paths: the teacher's paths that knowledge distillation learns, one a caption.
+        guidance_scale: of the teacher.
+        forcing_steps, kd_steps, self_forcing_steps: training steps; None: as the configs say.
+    """
+
+    forcing: Path = Path("configs/demo/diffusion_forcing.yaml")
+    kd: Path = Path("configs/demo/causal_kd.yaml")
+    self_forcing: Path = Path("configs/demo/self_forcing.yaml")
+    num_ranks: int = 2
+    num_paths: int = 320
+    guidance_scale: float = 1.25
+    forcing_steps: int | None = None
+    kd_steps: int | None = None
+    self_forcing_steps: int | None = None
+
+
+def run_causal_demo(options: DemoOptions, causal: CausalOptions) -> DemoResult:
+    """The whole job.
+
+    Leaves ``data/``, what ``make_causal`` leaves, and ``samples/``.
+
+    Args:
+        options: of clips, teacher, sampling and judging.
+        causal: of the trainings.
+
+    Raises:
+        MegagenError: a phase failed; the message says which.
+    """
+    out, streams, phase = options.out, Streams(options.seed), Phases(7)
+    make_data(options, streams, phase)
+    make_causal(causal, options.teacher, out, phase)
+    asked = clip_sets.asked(options.num_samples, "held_out")
+    with phase("sample", f"{options.num_samples} clips from captions for each row"):
+        rows, progress = processes.together(options.processes, sample, options, causal, asked)
+        clip_sets.write_samples(next(iter(rows.values())).clips, out / "samples", GRID)
+        one_by_one = processes.together(1, stream_figures, options, causal, asked)
+    with phase("judge", "classifier, motion and Frechet distance, also of the checkpoints"):
+        found = figures(options, streams, asked, rows, progress)
+    return DemoResult(
+        **found,
+        losses={run: read_losses(out / run) for run in RUNS},
+        seconds=phase.seconds,
+        facts=processes.together(1, facts, options, causal),
+        words=WORDS,
+        streams=one_by_one,
+    )
+
+
+def make_causal(options: CausalOptions, teacher: Path, out: Path, phase: Phase) -> None:
+    """The three runs, on ``out/data`` and on captions.
+
+    Leaves ``forcing/`` and ``causal_teacher/``, ``prompts/``, ``paths/``, ``causal_kd/`` and
+    ``kd_student/``, ``self_forcing/`` and ``student/``: each run and its averaged weights.
+
+    Raises:
+        MegagenError: a run failed.
+    """
+    with phase("forcing", f"megagen train --config {options.forcing}"):
+        forcing = {
+            "models.student.init_from": teacher,
+            "training.data.data_path": out / "data",
+            **steps_of(options.forcing_steps),
+        }
+        train(options.forcing, out / "forcing", options.num_ranks, forcing)
+        export(out / "forcing", out / "causal_teacher", teacher)
+    write_prompts(out, options.num_paths, TEXT_ENCODER)
+    shutil.rmtree(out / "paths", ignore_errors=True)
+    keys: dict[str, object] = {
+        "models.teacher.init_from": teacher,
+        "training.data.data_path": out / "prompts",
+    }
+    with phase("causal_kd", f"{options.num_paths} paths, megagen train --config {options.kd}"):
+        kd = keys | {
+            "models.student.init_from": out / "causal_teacher",
+            "method.teacher_path_cache": out / "paths",
+            "method.teacher_guidance_scale": options.guidance_scale,
+            **steps_of(options.kd_steps),
+        }
+        train(options.kd, out / "causal_kd", options.num_ranks, kd)
+        export(out / "causal_kd", out / "kd_student", teacher)
+    with phase("self_forcing", f"megagen train --config {options.self_forcing}"):
+        own = keys | {
+            "models.student.init_from": out / "kd_student",
+            "models.critic.init_from": teacher,
+            "method.real_score_guidance_scale": options.guidance_scale,
+            **steps_of(options.self_forcing_steps, parts=4),
+        }
+        train(options.self_forcing, out / "self_forcing", options.num_ranks, own)
+        export(out / "self_forcing", out / "student", teacher)
+
+
+# -- sampling --------------------------------------------------------------------------------------
+def streamed_way(steps: int, seed: int) -> dict[str, Any]:
+    """How the causal student is sampled: block by block, fresh noise at each step, no guidance."""
+    stream = {"t_list": list(CAUSAL_STEPS[steps]), "sample_type": "sde"}
+    return {"stream": stream, "guidance_scale": 1.0, "seed": seed}
+
+
+def sample(
+    options: DemoOptions, causal: CausalOptions, asked: Clips
+) -> tuple[dict[str, Row], list[Checkpoint]]:
+    """The student's rows and the teacher's, and the student on its way. Collective."""
+    seed, known = options.seed, clip_sets.asked(max(20, len(asked) // 2), "train")
+    rows, further = {}, {}
+    pipeline = load(options.out / "student")
+    for count in CAUSAL_STEPS:
+        title = f"causal student, {count} steps"
+        rows[title] = timed(pipeline, asked, streamed_way(count, seed))
+        further[on_known(title)] = timed(pipeline, known, streamed_way(count, seed))
+    pipeline = load(options.teacher)
+    for count in options.teacher_steps:
+        title, way = f"teacher, {count} steps", teacher_way(count, causal.guidance_scale, seed)
+        rows[title] = timed(pipeline, asked, way)
+        if count == options.teacher_steps[0]:
+            further[on_known(title)] = timed(pipeline, known, way)
+    return rows | further, sample_progress(options, asked)
+
+
+def sample_progress(options: DemoOptions, asked: Clips) -> list[Checkpoint]:
+    """The student after knowledge distillation and at checkpoints of self-forcing. Collective."""
+    from megagen.parallel.dims import ParallelDims
+    from megagen.sampling.source import build_pipeline, from_run
+
+    found = []
+    for run in RUNS[1:]:
+        for step in checkpoints(options.out / run):
+            pipeline = build_pipeline(from_run(options.out / run, step), ParallelDims())
+            ways = {
+                count: clip_sets.sample(pipeline, asked, **streamed_way(count, options.seed))
+                for count in CAUSAL_STEPS
+            }
+            found.append((run, step, ways))
+    return found
+
+
+# -- one clip at a time ----------------------------------------------------------------------------
+def stream_figures(
+    options: DemoOptions, causal: CausalOptions, asked: Clips
+) -> dict[str, dict[str, float]]:
+    """Seconds a clip, frames a second and seconds to the first frame, medians over single clips."""
+    captions, found = asked.captions[:_TIMED_CLIPS], {}
+    pipeline = load(options.out / "student")
+    for count in CAUSAL_STEPS:
+        times = [_streamed(pipeline, text, count) for text in captions]
+        found[f"causal student, {count} steps"] = _medians(times)
+    pipeline = load(options.teacher)
+    for count in options.teacher_steps:
+        way = teacher_way(count, causal.guidance_scale, options.seed)
+        times = [_whole(pipeline, text, way) for text in captions]
+        found[f"teacher, {count} steps"] = _medians(times)
+    return found
+
+
+def _streamed(pipeline: VideoPipeline, caption: str, steps: int) -> tuple[float, float]:
+    """Seconds to the first frame and to the last."""
+    from megagen.core.options import parse_options
+    from megagen.sampling.pipeline import SamplingOptions
+
+    options = parse_options(SamplingOptions, _size() | streamed_way(steps, seed=0), "demo")
+    seconds = [piece.seconds for piece in pipeline.stream([caption], options)]
+    return seconds[0], seconds[-1]
+
+
+def _whole(pipeline: VideoPipeline, caption: str, way: dict[str, Any]) -> tuple[float, float]:
+    """The same of a clip whose frames are made together."""
+    from megagen.core.options import parse_options
+    from megagen.sampling.pipeline import SamplingOptions
+
+    options = parse_options(SamplingOptions, _size() | way, "demo")
+    begin = time.perf_counter()
+    list(pipeline.generate([caption], options))
+    seconds = time.perf_counter() - begin
+    return seconds, seconds
+
+
+def _size() -> dict[str, Any]:
+    side = digits.FRAME_SIZE
+    return {"num_frames": digits.NUM_FRAMES, "height": side, "width": side, "batch_size": 1}
+
+
+def _medians(times: list[tuple[float, float]]) -> dict[str, float]:
+    """The first clip warms up and does not count, where there are others."""
+    counted = times[1:] or times
+    first, last = (statistics.median(each) for each in zip(*counted, strict=True))
+    return {
+        "seconds a clip": last,
+        "frames a second": digits.NUM_FRAMES / last,
+        "seconds to the first frame": first,
+    }
+
+
+def facts(options: DemoOptions, causal: CausalOptions) -> dict[str, Any]:
+    """What else the report says."""
+    pipeline = load(options.out / "student")
+    student = pipeline.roles[0].plugin
+    latent_frames = pipeline.codec.latent_frames(digits.NUM_FRAMES)
+    a_block = len(student.blocks(latent_frames)[0])
+    return {
+        "parameters": student.num_parameters(),
+        "frames_a_block": a_block * digits.NUM_FRAMES // latent_frames,
+        "teacher": str(options.teacher),
+        "teacher_paths": causal.num_paths,
+        "guidance_scale": causal.guidance_scale,
+    }
