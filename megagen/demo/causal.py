@@ -153,6 +153,17 @@ def make_causal(options: CausalOptions, teacher: Path, out: Path, phase: Phase) 
         }
         train(options.self_forcing, out / "self_forcing", options.num_ranks, own)
         export(out / "self_forcing", out / "student", teacher)
+        say_how(out / "student")
+
+
+def say_how(student: Path) -> None:
+    """Its ``sampling.json`` says how it is streamed: ``megagen sample --stream`` needs no more."""
+    from megagen.sampling.source import read_spec, write_spec
+
+    spec = read_spec(student)
+    assert spec is not None
+    way = {"t_list": list(CAUSAL_STEPS[4]), "sampler": "sde", "guidance_scale": 1.0}
+    write_spec(student, spec.model_copy(update=way))
 
 
 # -- sampling --------------------------------------------------------------------------------------
