@@ -1,6 +1,6 @@
-"""Fused memory-bound operations of a diffusion transformer: one function each, several backends.
+"""Video sparse attention (``vsa``), and fused memory-bound operations of a diffusion transformer.
 
-Each operation is one file: its formula, a reference in plain torch, the fused version behind
+Each fused operation is one file: its formula, a reference in plain torch, the fused version behind
 ``torch.library``, and a ``SPEC`` that tests and benchmarks loop over. A public function takes the
 fused path where a backend serves its tensors (fp32 on the CPU) and the reference elsewhere.
 Nothing is imported before it is asked for.
@@ -17,25 +17,63 @@ if TYPE_CHECKING:
     from megagen.kernels.layernorm import layernorm_affine, layernorm_modulate
     from megagen.kernels.norm_rope import rmsnorm_rope, sum_squares
     from megagen.kernels.residual import gated_residual
+    from megagen.kernels.vsa import (
+        BlockIndex,
+        VSALayout,
+        block_mean,
+        block_sparse_attention,
+        coarse_attention,
+        index_from_map,
+        map_from_index,
+        select_topk,
+        tile,
+        transpose_index,
+        untile,
+        vsa_attention,
+    )
 
 __all__ = [
+    "BlockIndex",
+    "VSALayout",
     "bias_gelu_tanh",
+    "block_mean",
+    "block_sparse_attention",
+    "coarse_attention",
     "gated_residual",
+    "index_from_map",
     "layernorm_affine",
     "layernorm_modulate",
+    "map_from_index",
     "rmsnorm_rope",
+    "select_topk",
     "status",
     "sum_squares",
+    "tile",
+    "transpose_index",
+    "untile",
+    "vsa_attention",
 ]
 
 _HOME = {
+    "BlockIndex": "vsa",
+    "VSALayout": "vsa",
     "bias_gelu_tanh": "bias_gelu",
+    "block_mean": "vsa",
+    "block_sparse_attention": "vsa",
+    "coarse_attention": "vsa",
     "gated_residual": "residual",
+    "index_from_map": "vsa",
     "layernorm_affine": "layernorm",
     "layernorm_modulate": "layernorm",
+    "map_from_index": "vsa",
     "rmsnorm_rope": "norm_rope",
+    "select_topk": "vsa",
     "status": "backend",
     "sum_squares": "norm_rope",
+    "tile": "vsa",
+    "transpose_index": "vsa",
+    "untile": "vsa",
+    "vsa_attention": "vsa",
 }
 
 SPECS = {

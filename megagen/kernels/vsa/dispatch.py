@@ -1,0 +1,84 @@
+"""Which backend computes what, and why.
+
+``auto`` asks the backends of the tensors' device in order and takes the first that serves them; the
+choice and what stood against the others is logged once for each kind of tensors. Where every block
+is selected and a device's dense kernel is the faster one, attention is dense: the same numbers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from megagen.core.log import get_logger
+
+log = get_logger(__name__)
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+_DENSE_IS_FASTER = ("cuda",)
+"""Devices whose dense kernel beats the block-sparse one with all blocks selected.
+
+On the CPU the block-sparse kernel is the faster one (``python -m benchmarks.kernels``).
+"""
+
+
+def backend(name: str) -> ModuleType:
+    """A backend's module; a function that it lacks is ``reference``'s (see ``function``)."""
+    return importlib.import_module(f"megagen.kernels.vsa.backends.{name}")
+
+
+def function(name: str, operation: str):  # type: ignore[no-untyped-def]
+    """An operation of a backend, the reference's where it has none of its own."""
+    return getattr(backend(name), operation, None) or getattr(backend("reference"), operation)
+
+
+def choose(wanted: str, q: Tensor) -> str:
+    """The backend for tensors like ``q`` ``[..., D]``.
+
+    Args:
+        wanted: ``auto`` or one of ``NAMES``.
+        q: queries; only device, dtype and head dim count.
+
+    Raises:
+        ValueError: unknown, or it does not serve such tensors; the message says why.
+    """
+    if wanted == "auto":
+        return _choose(q.device, q.dtype, q.size(-1))
+    if wanted not in NAMES:
+        raise ValueError(f"backend must be auto or one of {', '.join(NAMES)}, found {wanted!r}")
+    reason = backend(wanted).serves(q)
+    if reason is not None:
+        raise ValueError(f"backend {wanted!r} does not serve these tensors: {reason}")
+    return wanted
+
+
+@lru_cache(maxsize=64)
+def _choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    if device.type == "meta":
+        return "reference"
+    like = torch.empty(head_dim, dtype=dtype, device=device)
+    reasons: list[str] = []
+    for name in _ORDER.get(device.type, ()):
+        reason = backend(name).serves(like)
+        if reason is None:
+            _announce(name, like, reasons)
+            return name
+        reasons.append(f"{name}: {reason}")
+    _announce("reference", like, reasons)
+    return "reference"
+
+
+def _announce(name: str, like: Tensor, reasons: list[str]) -> None:
+    kind = f"{like.dtype} with head dim {like.numel()} on {like.device}"
+    against = f" ({'; '.join(reasons)})" if reasons else ""
+    log.info("video sparse attention of %s runs on the %s backend%s", kind, name, against)
+
+
+def is_dense(device_type: str, num_selected: int, num_key_blocks: int) -> bool:
+    """Whether all blocks are selected and the device's dense kernel is the faster one."""
+    return num_selected >= num_key_blocks and device_type in _DENSE_IS_FASTER
