@@ -2,7 +2,8 @@
 
 Each fused operation is one file: its formula, a reference in plain torch, the fused version behind
 ``torch.library``, and a ``SPEC`` that tests and benchmarks loop over. A public function takes the
-fused path where a backend serves its tensors (fp32 on the CPU) and the reference elsewhere.
+fused path where a backend serves its tensors (fp32 on the CPU in C++; fp32, bf16 and fp16 on CUDA
+devices in Triton) and the reference elsewhere.
 Nothing is imported before it is asked for.
 """
 

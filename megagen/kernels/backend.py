@@ -6,12 +6,19 @@ import importlib
 import platform
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+TRITON_COMMAND = "pip install 'triton>=3.6,<3.8'"
 BUILD_COMMAND = "MEGAGEN_BUILD_CPU=1 pip install --no-build-isolation --no-deps -e ."
+CUDA_COMMAND = "MEGAGEN_BUILD_CUDA=1 pip install --no-build-isolation --no-deps -e ."
+MAX_LINE = 16_384
+"""Numbers of a token that a Triton program can hold."""
+
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SERIAL_BELOW = 1 << 15
 """Elements below which starting threads costs more than the work."""
 
@@ -34,6 +41,34 @@ def load_cpu() -> tuple[ModuleType | None, str]:
         return None, str(error)
 
 
+@lru_cache(maxsize=1)
+def load_cuda() -> tuple[ModuleType | None, str]:
+    """The extension ``megagen._cuda`` and, where it is missing, why: the build's own words."""
+    try:
+        return importlib.import_module("megagen._cuda"), ""
+    except ImportError as error:
+        note = Path(__file__).parents[1] / "_cuda_build.txt"
+        said = note.read_text().strip() if note.exists() else "built"
+        if said != "built":
+            return None, f"the extension was not built ({said})"
+        return None, f"the extension cannot be loaded ({error})"
+
+
+@lru_cache(maxsize=1)
+def load_triton() -> tuple[ModuleType | None, str]:
+    """The package ``triton`` and, where it is missing, the reason."""
+    try:
+        return importlib.import_module("triton"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def is_interpreting() -> bool:
+    """Whether Triton's kernels run on the CPU, slowly, which TRITON_INTERPRET=1 asks for."""
+    module, _ = load_triton()
+    return module is not None and bool(module.knobs.runtime.interpret)
+
+
 def status() -> dict[str, Backend]:
     """The backends by name, best first for the tensors they serve."""
     module, reason = load_cpu()
@@ -41,10 +76,26 @@ def status() -> dict[str, Backend]:
         cpu = Backend(False, f"the extension cannot be loaded ({reason})", BUILD_COMMAND)
     else:
         cpu = Backend(True, f"fp32 on the CPU, {module.isa()} on {platform.machine()}")
+    found, reason = load_triton()
+    if found is None:
+        triton = Backend(False, f"triton cannot be imported ({reason})", TRITON_COMMAND)
+    else:
+        triton = Backend(True, f"fp32, bf16 and fp16 on CUDA devices, triton {found.__version__}")
     return {
+        "cuda": _cuda_status(),
+        "triton": triton,
         "cpu": cpu,
         "reference": Backend(True, "plain torch, any device and type; used where no other serves"),
     }
+
+
+def _cuda_status() -> Backend:
+    module, reason = load_cuda()
+    if module is None:
+        return Backend(False, reason, CUDA_COMMAND)
+    count, reason = module.devices()
+    found = f"none can be used here ({reason})" if count < 0 else f"{count} here"
+    return Backend(True, f"video sparse attention in bf16 on Hopper GPUs, {found}")
 
 
 def serves_cpu(*tensors: Tensor | None) -> bool:
@@ -52,6 +103,29 @@ def serves_cpu(*tensors: Tensor | None) -> bool:
     if load_cpu()[0] is None:
         return False
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
+
+
+def serves_triton(*tensors: Tensor | None, line: int = 1) -> bool:
+    """True where triton is there and every tensor is fp32, bf16 or fp16 on one CUDA device.
+
+    Args:
+        tensors: None is no hindrance.
+        line: numbers that a program must hold at once.
+    """
+    given = [t for t in tensors if t is not None]
+    if line > MAX_LINE or any(t.dtype not in _TRITON_DTYPES for t in given):
+        return False
+    device = given[0].device
+    if any(t.device != device for t in given):
+        return False
+    if given[0].is_cuda:
+        return load_triton()[0] is not None
+    return device.type == "cpu" and is_interpreting()
+
+
+def triton_kernels(name: str) -> ModuleType:
+    """The launchers in ``megagen.kernels.triton.<name>``; call only where ``serves_triton``."""
+    return importlib.import_module(f"megagen.kernels.triton.{name}")
 
 
 def cpu() -> ModuleType:

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagen.kernels.backend import address, cpu, math_dtype, num_threads, serves_cpu
+from megagen.kernels.backend import (
+    address,
+    cpu,
+    math_dtype,
+    num_threads,
+    serves_cpu,
+    serves_triton,
+    triton_kernels,
+)
 from megagen.kernels.spec import Case, Spec
 
 
@@ -18,7 +26,7 @@ def bias_gelu_tanh(x_SBF: Tensor, bias_F: Tensor | None = None) -> Tensor:
     """``gelu(x + bias)`` with the tanh formula, computed in fp32, in the type of ``x``."""
     if bias_F is not None and bias_F.shape != x_SBF.shape[-1:]:
         raise ValueError(f"bias is {tuple(bias_F.shape)}, x is {tuple(x_SBF.shape)}")
-    if serves_cpu(x_SBF, bias_F):
+    if serves_triton(x_SBF, bias_F) or serves_cpu(x_SBF, bias_F):
         y: Tensor = _bias_gelu(x_SBF, bias_F)
         return y
     return bias_gelu_tanh_reference(x_SBF, bias_F)
@@ -31,8 +39,11 @@ def bias_gelu_tanh_reference(x_SBF: Tensor, bias_F: Tensor | None = None) -> Ten
     return torch.nn.functional.gelu(u, approximate="tanh").to(x_SBF.dtype)
 
 
-@torch.library.custom_op("megagen::bias_gelu", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("megagen::bias_gelu", mutates_args=())
 def _bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
+    if serves_triton(x):
+        fused: Tensor = triton_kernels("bias_gelu").forward(x, bias)
+        return fused
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     y, dim = torch.empty_like(x), x.shape[-1]
@@ -46,8 +57,11 @@ def _(x: Tensor, bias: Tensor | None) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("megagen::bias_gelu_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("megagen::bias_gelu_backward", mutates_args=())
 def _bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    if serves_triton(x):
+        dx, dbias = triton_kernels("bias_gelu").backward(dy, x, bias)
+        return dx, x.new_empty(0) if bias is None else dbias
     dy, x = dy.contiguous(), x.contiguous()
     bias = None if bias is None else bias.contiguous()
     dim = x.shape[-1]
@@ -67,7 +81,7 @@ def _bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Ten
 @_bias_gelu_backward.register_fake
 def _(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, x.new_empty(0 if bias is None else x.shape[-1])
+    return dx, x.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

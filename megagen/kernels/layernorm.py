@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagen.kernels.backend import cpu, math_dtype, num_threads, serves_cpu
+from megagen.kernels.backend import (
+    cpu,
+    math_dtype,
+    num_threads,
+    serves_cpu,
+    serves_triton,
+    triton_kernels,
+)
 from megagen.kernels.rows import check_rows, describe, lines, per_token, strided
 from megagen.kernels.spec import Case, Spec
 
@@ -32,7 +39,7 @@ def layernorm_modulate(
         eps: added to the variance.
     """
     check_rows(x_SBD, rows_S, scale=scale_RBD, shift=shift_RBD)
-    if serves_cpu(x_SBD, scale_RBD, shift_RBD):
+    if is_served(x_SBD, scale_RBD, shift_RBD):
         y: Tensor = _layernorm(x_SBD, scale_RBD, shift_RBD, rows_S, eps, 1.0)[0]
         return y
     return layernorm_modulate_reference(x_SBD, scale_RBD, shift_RBD, rows_S, eps=eps)
@@ -44,7 +51,7 @@ def layernorm_affine(
     """``LN(x) * weight + bias``, computed in fp32, in the type of ``x``."""
     weight, bias = weight_D.view(1, 1, -1), bias_D.view(1, 1, -1)
     check_rows(x_SBD, None, weight=weight, bias=bias)
-    if serves_cpu(x_SBD, weight, bias):
+    if is_served(x_SBD, weight, bias):
         y: Tensor = _layernorm(x_SBD, weight, bias, None, eps, 0.0)[0]
         return y
     dtype = math_dtype(x_SBD)
@@ -52,6 +59,12 @@ def layernorm_affine(
         x_SBD.to(dtype), x_SBD.shape[-1:], weight_D.to(dtype), bias_D.to(dtype), eps
     )
     return y.to(x_SBD.dtype)
+
+
+def is_served(x_SBD: Tensor, *others: Tensor | None) -> bool:
+    """Whether a backend has fused LayerNorms for these tensors."""
+    served = serves_triton(x_SBD, *others, line=x_SBD.shape[-1])
+    return served or serves_cpu(x_SBD, *others)
 
 
 def layernorm_modulate_reference(
@@ -69,10 +82,14 @@ def layernorm_modulate_reference(
     return (normed * (1 + scale) + shift).to(x_SBD.dtype)
 
 
-@torch.library.custom_op("megagen::layernorm", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("megagen::layernorm", mutates_args=())
 def _layernorm(
     x: Tensor, scale: Tensor, shift: Tensor, rows: Tensor | None, eps: float, one: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if serves_triton(x):
+        made = triton_kernels("layernorm").forward(x, None, None, scale, shift, rows, eps, one)
+        _, y, mean, rstd = made
+        return y, mean, rstd
     x, scale, shift = x.contiguous(), lines(scale), lines(shift)
     described, _, keep = describe(x, scale, rows)
     y, mean, rstd = torch.empty_like(x), x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
@@ -97,10 +114,11 @@ def _(
     x: Tensor, scale: Tensor, shift: Tensor, rows: Tensor | None, eps: float, one: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
+    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    return y, mean, rstd
 
 
-@torch.library.custom_op("megagen::layernorm_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("megagen::layernorm_backward", mutates_args=())
 def _layernorm_backward(
     dy: Tensor,
     x: Tensor,
@@ -110,6 +128,10 @@ def _layernorm_backward(
     rows: Tensor | None,
     one: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if serves_triton(x):
+        backward = triton_kernels("layernorm").backward
+        made = backward(dy, None, x, None, None, scale, mean, rstd, rows, one)
+        return made[0], made[3], made[4]
     dy, x, scale = dy.contiguous(), x.contiguous(), lines(scale)
     described, count, keep = describe(x, scale, rows)
     dx = torch.empty_like(x)

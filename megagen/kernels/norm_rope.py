@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagen.kernels.backend import address, cpu, math_dtype, num_threads, serves_cpu
+from megagen.kernels.backend import (
+    address,
+    cpu,
+    math_dtype,
+    num_threads,
+    serves_cpu,
+    serves_triton,
+    triton_kernels,
+)
 from megagen.kernels.spec import Case, Spec
 
 _MAX_HEAD_DIM = 1024
@@ -48,7 +56,9 @@ def rmsnorm_rope(
         cos, sin = (t.reshape(num_tokens, head_dim // 2) for t in (cos, sin))
     if num_features is None:
         num_features = heads * head_dim
-    if serves_cpu(x_SBNK, weight, cos, sin, sum_squares_SB1) and head_dim <= _MAX_HEAD_DIM:
+    given = (x_SBNK, weight, cos, sin, sum_squares_SB1)
+    served = serves_triton(*given, line=heads * head_dim)
+    if served or (serves_cpu(*given) and head_dim <= _MAX_HEAD_DIM):
         y: Tensor = _norm_rope(x_SBNK, weight, cos, sin, sum_squares_SB1, eps, num_features)[0]
         return y
     return rmsnorm_rope_reference(
@@ -64,7 +74,7 @@ def rmsnorm_rope(
 
 def sum_squares(x_SBNK: Tensor) -> Tensor:
     """Sum of squares over heads and head dims, ``[S, B, 1]``, at least fp32."""
-    if serves_cpu(x_SBNK):
+    if serves_triton(x_SBNK, line=x_SBNK.shape[-2:].numel()) or serves_cpu(x_SBNK):
         total: Tensor = _sum_squares(x_SBNK)
         return total
     return x_SBNK.to(math_dtype(x_SBNK)).square().sum((-2, -1)).unsqueeze(-1)
@@ -103,7 +113,7 @@ def _sizes(x: Tensor, num_features: int) -> tuple[int, ...]:
     return (*x.shape, *x.stride()[:3], num_features)
 
 
-@torch.library.custom_op("megagen::norm_rope", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("megagen::norm_rope", mutates_args=())
 def _norm_rope(
     x: Tensor,
     weight: Tensor,
@@ -115,6 +125,10 @@ def _norm_rope(
 ) -> tuple[Tensor, Tensor]:
     x, weight = _with_heads_contiguous(x), weight.contiguous()
     cos, sin, squares = (None if t is None else t.contiguous() for t in (cos, sin, squares))
+    if serves_triton(x):
+        given = (x, weight, cos, sin, squares, eps, num_features)
+        fused: tuple[Tensor, Tensor] = triton_kernels("norm_rope").forward(*given)
+        return fused
     y, rstd = x.new_empty(x.shape), x.new_empty(x.shape[:2])
     cpu().norm_rope_forward(
         _sizes(x, num_features),
@@ -135,10 +149,10 @@ def _(
     eps: float,
     num_features: int,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[:2])
+    return x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
-@torch.library.custom_op("megagen::norm_rope_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("megagen::norm_rope_backward", mutates_args=())
 def _norm_rope_backward(
     dy: Tensor,
     x: Tensor,
@@ -152,6 +166,10 @@ def _norm_rope_backward(
     dy, x = _with_heads_contiguous(dy), _with_heads_contiguous(x)
     weight = weight.contiguous()
     cos, sin, squares = (None if t is None else t.contiguous() for t in (cos, sin, squares))
+    if serves_triton(x):
+        given = (dy, x, weight, cos, sin, squares, rstd, num_features)
+        dx, dweight, dsquares = triton_kernels("norm_rope").backward(*given)
+        return dx, dweight, x.new_empty(0) if squares is None else dsquares
     dx, dweight = x.new_empty(x.shape), x.new_empty(weight.shape)
     dsquares = x.new_empty((0,) if squares is None else squares.shape)
     partial = x.new_empty(-(-x.shape[0] // cpu().SEGMENT), *weight.shape)
@@ -175,8 +193,8 @@ def _(
     rstd: Tensor,
     num_features: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    squares_shape = (0,) if squares is None else squares.shape
-    return x.new_empty(x.shape), x.new_empty(weight.shape), x.new_empty(squares_shape)
+    dsquares = x.new_empty(0) if squares is None else squares.new_empty(squares.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dsquares
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -194,9 +212,12 @@ def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 _norm_rope.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("megagen::sum_squares", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("megagen::sum_squares", mutates_args=())
 def _sum_squares(x: Tensor) -> Tensor:
     x = _with_heads_contiguous(x)
+    if serves_triton(x):
+        fused: Tensor = triton_kernels("norm_rope").sum_squares(x)
+        return fused
     total = x.new_empty(*x.shape[:2], 1)
     cpu().sum_squares(_sizes(x, 0), address(x), address(total), num_threads(x.numel()))
     return total
@@ -204,11 +225,12 @@ def _sum_squares(x: Tensor) -> Tensor:
 
 @_sum_squares.register_fake
 def _(x: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:2], 1)
+    return x.new_empty(*x.shape[:2], 1, dtype=torch.float32)
 
 
 def _sum_squares_backward(ctx: Any, dtotal: Tensor) -> Tensor:
-    return ctx.saved_tensors[0] * (2 * dtotal).unsqueeze(-1)
+    (x,) = ctx.saved_tensors
+    return (x * (2 * dtotal).unsqueeze(-1)).to(x.dtype)
 
 
 _sum_squares.register_autograd(

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagen.kernels.backend import cpu, math_dtype, num_threads, serves_cpu
+from megagen.kernels.backend import (
+    cpu,
+    math_dtype,
+    num_threads,
+    serves_cpu,
+    serves_triton,
+    triton_kernels,
+)
 from megagen.kernels.rows import check_rows, describe, lines, per_token, strided
 from megagen.kernels.spec import Case, Spec
 
@@ -28,7 +35,8 @@ def gated_residual(
     check_rows(x_SBD, rows_S, gate=gate_RBD)
     if y_SBD.shape != x_SBD.shape:
         raise ValueError(f"y is {tuple(y_SBD.shape)}, x is {tuple(x_SBD.shape)}")
-    if serves_cpu(x_SBD, y_SBD, gate_RBD):
+    served = serves_triton(x_SBD, y_SBD, gate_RBD, line=x_SBD.shape[-1])
+    if served or serves_cpu(x_SBD, y_SBD, gate_RBD):
         out: Tensor = _residual(x_SBD, y_SBD, gate_RBD, rows_S)
         return out
     return gated_residual_reference(x_SBD, y_SBD, gate_RBD, rows_S)
@@ -43,8 +51,11 @@ def gated_residual_reference(
     return (x_SBD.to(dtype) + gate * y_SBD.to(dtype)).to(x_SBD.dtype)
 
 
-@torch.library.custom_op("megagen::gated_residual", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("megagen::gated_residual", mutates_args=())
 def _residual(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> Tensor:
+    if serves_triton(x):
+        fused: Tensor = triton_kernels("residual").forward(x, y, gate, rows)
+        return fused
     x, y, gate = x.contiguous(), y.contiguous(), lines(gate)
     described, _, keep = describe(x, gate, rows)
     out = torch.empty_like(x)
@@ -61,10 +72,13 @@ def _(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("megagen::gated_residual_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("megagen::gated_residual_backward", mutates_args=())
 def _residual_backward(
     dout: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    if serves_triton(y):
+        grads: tuple[Tensor, Tensor] = triton_kernels("residual").backward(dout, y, gate, rows)
+        return grads
     dout, y, gate = dout.contiguous(), y.contiguous(), lines(gate)
     described, count, keep = describe(y, gate, rows)
     dy, dgate = torch.empty_like(y), y.new_empty(gate.shape)

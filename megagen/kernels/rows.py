@@ -1,4 +1,4 @@
-"""Modulation rows as the CPU kernels want them.
+"""Modulation rows as the kernels want them.
 
 Legend: S tokens, B batch, R modulation rows, D model. A modulation tensor is ``[R, B or 1, D]``:
 one row for all tokens, or one a frame or a token. ``rows_S`` (int64, 0..R-1) says which token uses
@@ -50,15 +50,18 @@ def lines(modulation_RBD: Tensor) -> Tensor:
     return modulation_RBD if modulation_RBD.stride(-1) == 1 else modulation_RBD.contiguous()
 
 
-def strided(modulation_RBD: Tensor) -> tuple[int, int, int]:
-    """Address, row stride and batch stride (0 where one row serves all samples)."""
+def strides(modulation_RBD: Tensor | None) -> tuple[int, int]:
+    """Row stride and batch stride, each 0 where one serves all; zeros for None."""
+    if modulation_RBD is None:
+        return 0, 0
     rows, batch, _ = modulation_RBD.shape
     row_stride, batch_stride, _ = modulation_RBD.stride()
-    return (
-        modulation_RBD.data_ptr(),
-        row_stride if rows > 1 else 0,
-        batch_stride if batch > 1 else 0,
-    )
+    return row_stride if rows > 1 else 0, batch_stride if batch > 1 else 0
+
+
+def strided(modulation_RBD: Tensor) -> tuple[int, int, int]:
+    """Address and strides, for the extension."""
+    return modulation_RBD.data_ptr(), *strides(modulation_RBD)
 
 
 def describe(

@@ -1,4 +1,4 @@
-"""The operations on a GPU: plain torch there, the same numbers as fp64."""
+"""The operations on a GPU, in Triton: the same numbers as fp64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megagen.kernels.spec import Case
-from tests.kernels.operations import ALL, CASES, case_id, errors, run
+from tests.kernels.operations import ALL, CASES, case_id, errors, gradients_like, run
 
 pytestmark = pytest.mark.gpu
 
@@ -19,9 +19,9 @@ def test_matches_fp64(
 ) -> None:
     spec = ALL[name]
     made = spec.make(case, seeded, dtype)
-    grad = torch.randn(spec.reference(**made).shape, generator=seeded)
+    grad = gradients_like(spec, made, seeded)
     exact = run(spec.reference, spec, made, torch.float64, grad)
     there = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in made.items()}
-    found = run(spec.function, spec, there, dtype, grad.cuda())
+    found = run(spec.function, spec, there, dtype, tuple(g.cuda() for g in grad))
     for what, error in errors({k: v.cpu() for k, v in found.items()}, exact).items():
         assert error < limit, (what, error)

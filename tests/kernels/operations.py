@@ -22,14 +22,27 @@ def case_id(value: object) -> str:
     return str(value)
 
 
+def outputs_of(made: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Always a tuple."""
+    return (made,) if isinstance(made, Tensor) else made
+
+
+def gradients_like(
+    spec: Spec, made: dict[str, Any], generator: torch.Generator
+) -> tuple[Tensor, ...]:
+    """A gradient for every output, fp32."""
+    outputs = outputs_of(spec.reference(**made))
+    return tuple(torch.randn(out.shape, generator=generator) for out in outputs)
+
+
 def run(
     function: Callable[..., Tensor],
     spec: Spec,
     made: dict[str, Any],
     dtype: torch.dtype,
-    grad: Tensor,
+    grad: tuple[Tensor, ...],
 ) -> dict[str, Tensor]:
-    """The output and the gradients by argument name, given the gradient of the output.
+    """The output and the gradients by argument name, given the gradients of the outputs.
 
     An argument keeps its strides, so that what a model hands over is what is tested.
     """
@@ -42,10 +55,14 @@ def run(
             inputs[name] = base.requires_grad_(name in spec.differentiable)
         else:
             inputs[name] = value
-    out = function(**inputs)
+    out = outputs_of(function(**inputs))
     names = [name for name in spec.differentiable if isinstance(inputs.get(name), Tensor)]
-    grads = torch.autograd.grad(out, [inputs[name] for name in names], grad.to(dtype))
-    return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
+    leaves = [inputs[name] for name in names]
+    grads = torch.autograd.grad(
+        out, leaves, [g.to(o.dtype) for o, g in zip(out, grad, strict=True)]
+    )
+    made_out = {"out" if i == 0 else f"out{i}": o.detach() for i, o in enumerate(out)}
+    return {**made_out, **dict(zip(names, grads, strict=True))}
 
 
 def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from megagen.kernels.layernorm import _layernorm
 from megagen.kernels.norm_rope import _norm_rope, _sum_squares
 from megagen.kernels.residual import _residual
 from megagen.kernels.spec import Case
-from tests.kernels.operations import ALL, CASES, case_id, errors, run
+from tests.kernels.operations import ALL, CASES, case_id, errors, gradients_like, run
 
 pytestmark = pytest.mark.skipif(
     not kernels.status()["cpu"].available, reason="the CPU extension is not built"
@@ -33,16 +33,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     backend.cpu().use_generic(False)
 
 
-def grad_like(name: str, made: dict[str, Any], generator: torch.Generator) -> Tensor:
-    return torch.randn(ALL[name].reference(**made).shape, generator=generator)
-
-
 @pytest.mark.parametrize(("name", "case"), CASES, ids=case_id)
 def test_matches_fp64(name: str, case: Case, isa: str, seeded: torch.Generator) -> None:
     """No worse than twice plain torch in fp32 (plus a rounding), outputs and gradients alike."""
     spec = ALL[name]
     made = spec.make(case, seeded, torch.float32)
-    grad = grad_like(name, made, seeded)
+    grad = gradients_like(ALL[name], made, seeded)
     exact = run(spec.reference, spec, made, torch.float64, grad)
     plain = errors(run(spec.reference, spec, made, torch.float32, grad), exact)
     fused = errors(run(spec.function, spec, made, torch.float32, grad), exact)
@@ -55,8 +51,8 @@ def test_same_bits_on_any_number_of_threads(name: str, seeded: torch.Generator) 
     spec = ALL[name]
     sizes = {"S": 301, "B": 3, "D": 80, "F": 80, "N": 4, "K": 20}  # enough for threads to start
     made = spec.make({**spec.cases[0], **sizes, "Bm": 3}, seeded, torch.float32)
-    grad = grad_like(name, made, seeded)
-    assert grad.numel() >= backend._SERIAL_BELOW
+    grad = gradients_like(ALL[name], made, seeded)
+    assert grad[0].numel() >= backend._SERIAL_BELOW
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -79,7 +75,7 @@ def test_gradients_by_finite_differences(name: str, case: Case, seeded: torch.Ge
     fixed = {k: v for k, v in made.items() if k not in names}
     leaves = [made[n].clone().requires_grad_() for n in names]
 
-    def call(*values: Tensor) -> Tensor:
+    def call(*values: Tensor) -> Any:
         return spec.reference(**fixed, **dict(zip(names, values, strict=True)))
 
     assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
@@ -128,9 +124,9 @@ def test_takes_any_strides(name: str, seeded: torch.Generator) -> None:
 
     plain = {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in made.items()}
     odd = {k: scattered(v) for k, v in made.items()}
-    grad = grad_like(name, made, seeded)
+    grad = gradients_like(ALL[name], made, seeded)
     expected = run(spec.function, spec, plain, torch.float32, grad)
-    found = run(spec.function, spec, odd, torch.float32, scattered(grad))
+    found = run(spec.function, spec, odd, torch.float32, tuple(map(scattered, grad)))
     for what in expected:
         assert torch.equal(expected[what], found[what]), what
 
@@ -139,11 +135,11 @@ def test_gradient_in_the_layout_of_attention(seeded: torch.Generator) -> None:
     """Heads before tokens, as ``scaled_dot_product_attention`` hands gradients over."""
     spec = ALL["rmsnorm_rope"]
     made = spec.make(spec.cases[0], seeded, torch.float32)
-    grad = grad_like("rmsnorm_rope", made, seeded)
-    permuted = grad.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+    grad = gradients_like(spec, made, seeded)
+    permuted = grad[0].permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
     assert not permuted.is_contiguous()
     expected = run(spec.function, spec, made, torch.float32, grad)
-    found = run(spec.function, spec, made, torch.float32, permuted)
+    found = run(spec.function, spec, made, torch.float32, (permuted,))
     for what in expected:
         assert torch.equal(expected[what], found[what]), what
 

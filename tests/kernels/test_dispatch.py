@@ -10,7 +10,7 @@ import torch
 
 from megagen import kernels
 from megagen.kernels.backend import serves_cpu
-from tests.kernels.operations import ALL, CASES, case_id, errors, run
+from tests.kernels.operations import ALL, CASES, case_id, errors, gradients_like, run
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -28,7 +28,7 @@ def test_bf16_is_computed_in_fp32(name: str, case: dict[str, int], seeded: torch
     """The output is the fp64 result of the same bf16 inputs, rounded once: half a bf16 step."""
     spec = ALL[name]
     made = spec.make(case, seeded, torch.bfloat16)
-    grad = torch.randn(spec.reference(**made).shape, generator=seeded)
+    grad = gradients_like(spec, made, seeded)
     exact = run(spec.reference, spec, made, torch.float64, grad)
     found = run(spec.function, spec, made, torch.bfloat16, grad)
     assert found["out"].dtype == torch.bfloat16
