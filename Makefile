@@ -60,4 +60,4 @@ $(OLDEST_READY): | $(READY)
 	$(BIN)/pip install --quiet --no-deps --target .venv/triton-oldest triton==$(OLDEST_TRITON)
 
 clean:
-	rm -rf build *.egg-info megagen/_cpu*.so runs .pytest_cache .mypy_cache .ruff_cache $(READY)
+	rm -rf build *.egg-info megagen/_c*.so megagen/_cuda_build.txt runs .pytest_cache .mypy_cache .ruff_cache $(READY)

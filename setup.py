@@ -1,14 +1,18 @@
 """Native parts of megagen, and the recipes that a built package carries.
 
-torch is never imported here: the extension sees tensors as raw addresses, so one build serves any
-torch version. ``MEGAGEN_BUILD_CPU`` = ``auto`` (default: build, go on without on failure) | ``0``
-(skip) | ``1`` (fail if it cannot be built).
+torch is never imported here: the extensions see tensors as raw addresses, so one build serves any
+torch version. ``MEGAGEN_BUILD_CPU`` and ``MEGAGEN_BUILD_CUDA`` = ``auto`` (default: build, go on
+without on failure; CUDA only where nvcc is found) | ``0`` (skip) | ``1`` (fail if it cannot be
+built).
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -31,6 +35,20 @@ CPU_OPS = ("layernorm", "residual", "norm_rope", "bias_gelu")
 CPU_VARIANTS = {"generic": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     CPU_VARIANTS["avx2"] = ["-mavx2", "-mfma"]
+    CPU_VARIANTS["avx512"] = [
+        *CPU_VARIANTS["avx2"],
+        *(f"-mavx512{part}" for part in ("f", "vl", "dq", "bw")),
+        "-mprefer-vector-width=512",
+    ]
+# The -gencode form: -arch=sm_90a would also make PTX for compute_90, which knows no wgmma. A kernel
+# that spills registers is a warning, and warnings are errors.
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-Xptxas=-v,-warn-spills,-Werror",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+]
 
 
 def build_mode(variable: str) -> str:
@@ -60,10 +78,77 @@ class CpuExtension(Extension):
         self.variants = variants
 
 
+class CudaExtension(Extension):
+    """Kernels for sm_90a behind plain C entry points; imports without CUDA libraries."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        import pybind11
+
+        headers = [p for pattern in ("*.h", "*.cuh") for p in sorted(folder.glob(pattern))]
+        super().__init__(
+            name,
+            [str(folder / "bindings.cpp")],
+            include_dirs=[pybind11.get_include(), str(folder)],
+            language="c++",
+            extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden", "-Wall"],
+            libraries=["cudart_static", "rt", "pthread", "dl"],
+            depends=list(map(str, [*sorted(folder.glob("*.cu")), *headers])),
+            optional=build_mode("MEGAGEN_BUILD_CUDA") == "auto",
+        )
+        self.kernels = sorted(folder.glob("*.cu"))
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, or else of PATH, or of the usual place."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=f"{home}/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def cuda_libraries(nvcc: str) -> str:
+    """Folder of libcudart_static.a, as nvcc itself names it: PATH may hold a wrapper."""
+    command = [nvcc, "--dryrun", "-x", "cu", "/dev/null", "-c", "-o", "/dev/null"]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
+    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        if top and Path(top[1].strip(), folder, "libcudart_static.a").exists():
+            return str(Path(top[1].strip(), folder))
+    raise RuntimeError("libcudart_static.a was not found")
+
+
+def compile_kernels(nvcc: str, source: Path, folder: Path, newest: float) -> str:
+    """The object of one .cu file, compiled anew when a file of its folder is newer.
+
+    Raises:
+        RuntimeError: it does not compile, spills registers, or its wgmma instructions would run
+            one after the other.
+    """
+    target = folder / f"{source.stem}.o"
+    if target.exists() and target.stat().st_mtime > newest:
+        return str(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [nvcc, *NVCC_FLAGS, "-c", str(source), "-o", str(target)]
+    print(" ".join(command), flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    complaints = [
+        line for line in done.stdout.splitlines() if re.search(r"error|\(C75\d\d\)", line)
+    ]
+    if done.returncode or complaints:
+        target.unlink(missing_ok=True)
+        print(done.stdout, flush=True)
+        what = complaints[0] if complaints else f"nvcc ended with {done.returncode}"
+        raise RuntimeError(f"{source.name}: {what}")
+    return str(target)
+
+
 class BuildExt(build_ext):
     """Compiles the per-instruction-set objects before the module that links them."""
 
     def build_extension(self, ext: Extension) -> None:
+        if isinstance(ext, CudaExtension):
+            self.build_cuda(ext)
+            return
         if isinstance(ext, CpuExtension):
             for isa, flags in CPU_VARIANTS.items():
                 ext.extra_objects += self.compiler.compile(
@@ -74,6 +159,29 @@ class BuildExt(build_ext):
                     depends=ext.depends,
                 )
         super().build_extension(ext)
+
+    def build_cuda(self, ext: CudaExtension) -> None:
+        """Leaves a line beside the module that says whether it was built: the doctor reads it."""
+        note = Path(self.get_ext_fullpath(ext.name)).with_name("_cuda_build.txt")
+        note.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            nvcc = find_nvcc()
+            if nvcc is None:
+                raise RuntimeError("nvcc was not found")
+            newest = max(Path(p).stat().st_mtime for p in ext.depends)
+            folder = Path(self.build_temp) / "cuda"
+            ext.extra_objects = [
+                compile_kernels(nvcc, source, folder, newest) for source in ext.kernels
+            ]
+            ext.library_dirs = [cuda_libraries(nvcc)]
+            super().build_extension(ext)
+        except Exception as error:
+            note.write_text(f"{error}\n")
+            if not ext.optional:
+                raise
+            self.warn(f"the CUDA kernels were not built: {error}")
+        else:
+            note.write_text("built\n")
 
 
 class BuildPy(build_py):
@@ -97,5 +205,7 @@ if build_mode("MEGAGEN_BUILD_CPU") != "0":
             variants=[f"csrc/cpu/{op}.cpp" for op in CPU_OPS],
         )
     )
+if build_mode("MEGAGEN_BUILD_CUDA") != "0":
+    extensions.append(CudaExtension("megagen._cuda", CSRC / "cuda"))
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildExt, "build_py": BuildPy})
