@@ -193,6 +193,14 @@ def close(found: Sequence[float], expected: Sequence[float], tolerance: float = 
         assert abs(a - b) <= tolerance * abs(b), f"step {step}: {found} against {expected}"
 
 
+def without_kinks(module: nn.Module) -> None:
+    """A smooth function for each LeakyReLU: at its kink, rounding turns into another gradient."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.LeakyReLU):
+                setattr(parent, name, nn.SiLU())
+
+
 # -- the plain torch side -----------------------------------------------------------------------
 class PlainModel:
     """diffusers' Wan with AdamW, no weight decay on what has none, and clipping by global norm."""

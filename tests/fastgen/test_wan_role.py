@@ -102,7 +102,7 @@ def make_case(sample_type: str) -> Case:
     generator = torch.Generator().manual_seed(seed)
     config = DMDConfig(**CONFIG, student_sample_type=sample_type)
     judge = Discriminator_VideoDiT(BLOCKS, 4, 32, width=8, head="branches", generator=generator)
-    without_kinks(judge)
+    cases.without_kinks(judge)
 
     def data(rung: int) -> Data:
         text, negative = torch.randn(2, 2, 5, 6, generator=generator)
@@ -113,14 +113,6 @@ def make_case(sample_type: str) -> Case:
 
     weights = {role: cases.random_weights(seed + i) for i, role in enumerate(ROLES)}
     return Case(config, weights, judge, [data(rung) for rung in (0, 1)])
-
-
-def without_kinks(module: torch.nn.Module) -> None:
-    """A smooth function for each LeakyReLU: at its kink, rounding turns into another gradient."""
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, torch.nn.LeakyReLU):
-                setattr(parent, name, torch.nn.SiLU())
 
 
 def drawn_rung(seed: int) -> int:

@@ -92,7 +92,10 @@ def make_method(
         roles[name] = cases.make_role(tensors, dims, data=data, name=name, **own)
     parsed = parse_options(DMD2Method.Options, options, "method")
     DMD2Method.check(parsed, {name: role.plugin for name, role in roles.items()})
-    return DMD2Method(roles, parsed, Streams(SEED), facts())
+    method = DMD2Method(roles, parsed, Streams(SEED), facts())
+    if method.adversary is not None:
+        cases.without_kinks(method.adversary.heads)
+    return method
 
 
 def own_batches(step: int, mesh: Mesh, **kind: Any) -> list[Batch]:
@@ -173,6 +176,7 @@ class Reference:
         options = {"head": own["head"], "width": own["width"], "generator": generator}
         hidden = cases.ARCH["num_attention_heads"] * cases.ARCH["attention_head_dim"]
         heads = Discriminator_VideoDiT(self.blocks, cases.ARCH["num_layers"], hidden, **options)
+        cases.without_kinks(heads)
         self.heads = heads.double()
         named = list(self.heads.named_parameters())
         groups = [
@@ -399,6 +403,20 @@ class Reference:
         found["grad_norm/discriminator"] = float(torch.stack(norms).norm())
         self.head_optimizer.step()
         self.head_optimizer.zero_grad()
+
+
+class Curve:
+    """A reference's steps, each made once, however many are asked for."""
+
+    def __init__(self, reference: Any) -> None:
+        self._reference = reference
+        self._made: list[dict[str, Any]] = []
+
+    def first(self, num_steps: int) -> list[dict[str, Any]]:
+        """What the first so many steps give."""
+        while len(self._made) < num_steps:
+            self._made.append(self._reference.step(len(self._made)))
+        return self._made[:num_steps]
 
 
 def wide(t: Tensor) -> Tensor:

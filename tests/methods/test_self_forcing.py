@@ -62,10 +62,13 @@ VARIANTS: dict[str, tuple[Rule, dict[str, Any]]] = {
 
 
 @functools.cache
-def expected(variant: str, num_steps: int) -> list[dict[str, Any]]:
+def reference_curve(variant: str) -> dmd2.Curve:
     rule, options = VARIANTS[variant]
-    reference = causal_cases.Reference(weights(), options, rule)
-    return [reference.step(step) for step in range(num_steps)]
+    return dmd2.Curve(causal_cases.Reference(weights(), options, rule))
+
+
+def expected(variant: str, num_steps: int) -> list[dict[str, Any]]:
+    return reference_curve(variant).first(num_steps)
 
 
 def own_batches(step: int, mesh: Mesh, options: dict[str, Any]) -> list[Any]:
