@@ -47,21 +47,26 @@ def choose(wanted: str, q: Tensor) -> str:
     Raises:
         ValueError: unknown, or it does not serve such tensors; the message says why.
     """
-    if wanted == "auto":
-        return _choose(q.device, q.dtype, q.size(-1))
-    if wanted not in NAMES:
-        raise ValueError(f"backend must be auto or one of {', '.join(NAMES)}, found {wanted!r}")
-    reason = backend(wanted).serves(q)
-    if reason is not None:
-        raise ValueError(f"backend {wanted!r} does not serve these tensors: {reason}")
-    return wanted
+    return _choice(wanted, q.device, q.dtype, q.size(-1))
+
+
+@torch.compiler.assume_constant_result
+def _choice(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    return _choose(wanted, device, dtype, head_dim)
 
 
 @lru_cache(maxsize=64)
-def _choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def _choose(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    if wanted not in ("auto", *NAMES):
+        raise ValueError(f"backend must be auto or one of {', '.join(NAMES)}, found {wanted!r}")
     if device.type == "meta":
         return "reference"
     like = torch.empty(head_dim, dtype=dtype, device=device)
+    if wanted != "auto":
+        reason = backend(wanted).serves(like)
+        if reason is not None:
+            raise ValueError(f"backend {wanted!r} does not serve these tensors: {reason}")
+        return wanted
     reasons: list[str] = []
     for name in _ORDER.get(device.type, ()):
         reason = backend(name).serves(like)

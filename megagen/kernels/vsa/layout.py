@@ -91,7 +91,7 @@ class VSALayout:
     @property
     def num_video_blocks(self) -> int:
         """Blocks of the video."""
-        return math.prod(_num_parts(r, t) for r, t in zip(self.axes, self.tile, strict=True))
+        return math.prod([_num_parts(r, t) for r, t in zip(self.axes, self.tile, strict=True)])
 
     @property
     def axes(self) -> tuple[tuple[int, ...], ...]:
@@ -124,6 +124,12 @@ class VSALayout:
 
     def tables(self, device: torch.device | str = "cpu") -> Tables:
         """The tables on a device; made once for each."""
+        if torch.compiler.is_compiling():
+            return Tables(
+                *_traced_tables(
+                    *map(list, (self.grid, self.tile, self.runs)), self.prefix, str(device)
+                )
+            )
         return _tables(self, torch.device(device))
 
 
@@ -162,6 +168,33 @@ def _tables(layout: VSALayout, device: torch.device) -> Tables:
         slot_to_raster_P[raster_to_slot_S] = torch.arange(layout.num_tokens)
         sizes_n = block_S.bincount(minlength=layout.num_blocks).int()
         return Tables(*(x.to(device) for x in (sizes_n, slot_to_raster_P, raster_to_slot_S)))
+
+
+@torch.library.custom_op("megagen::vsa_tables", mutates_args=())
+def _traced_tables(
+    grid: list[int], tile: list[int], runs: list[int], prefix: int, device: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    # copies: a compiler may reuse what an operator returned
+    tables = _tables(_layout(grid, tile, runs, prefix), torch.device(device))
+    order = (tables.slot_to_raster_P.clone(), tables.raster_to_slot_S.clone())
+    return tables.sizes_n.clone(), *order
+
+
+@_traced_tables.register_fake
+def _(
+    grid: list[int], tile: list[int], runs: list[int], prefix: int, device: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    layout = _layout(grid, tile, runs, prefix)
+    return (
+        torch.empty(layout.num_blocks, dtype=torch.int32, device=device),
+        torch.empty(layout.padded, dtype=torch.int64, device=device),
+        torch.empty(layout.num_tokens, dtype=torch.int64, device=device),
+    )
+
+
+def _layout(grid: list[int], tile: list[int], runs: list[int], prefix: int) -> VSALayout:
+    shape, size = (grid[0], grid[1], grid[2]), (tile[0], tile[1], tile[2])
+    return VSALayout(shape, size, prefix, tuple(runs))
 
 
 def _places(layout: VSALayout) -> tuple[Tensor, Tensor]:
