@@ -12,10 +12,11 @@ import torch
 
 from megagen.core.options import parse_options
 from megagen.core.streams import Streams
-from megagen.demo import digits
+from megagen.demo import digits, processes
 from megagen.demo.digits import DIRECTIONS, WORDS, Clips, Split
 
 if TYPE_CHECKING:
+    from megagen.data.preprocess import PreprocessOptions
     from megagen.sampling.pipeline import VideoPipeline
 
 
@@ -25,11 +26,15 @@ def count_videos(folder: Path) -> int:
 
 
 def preprocess_videos(
-    videos: Path, data: Path, codec: Mapping[str, Any], text_encoder: Mapping[str, Any]
+    videos: Path,
+    data: Path,
+    codec: Mapping[str, Any],
+    text_encoder: Mapping[str, Any],
+    num_processes: int = 1,
 ) -> None:
     """A folder of clips to a dataset; what an earlier run finished is kept."""
     from megagen.data.manifest import read_manifest
-    from megagen.data.preprocess import preprocess, preprocess_options
+    from megagen.data.preprocess import preprocess_options
 
     options = preprocess_options(
         {
@@ -40,11 +45,18 @@ def preprocess_videos(
             "num_frames": digits.NUM_FRAMES,
             "height": digits.FRAME_SIZE,
             "width": digits.FRAME_SIZE,
-            "samples_per_file": 512,
+            "samples_per_file": 128,
         }
     )
-    manifest = preprocess(options)
-    assert manifest is not None and read_manifest(data) is not None
+    processes.together(num_processes, _preprocess_share, options)
+    assert read_manifest(data) is not None
+
+
+def _preprocess_share(options: PreprocessOptions) -> None:
+    from megagen.core import process
+    from megagen.data.preprocess import preprocess
+
+    preprocess(options, rank=process.rank(), num_ranks=process.world_size())
 
 
 def parse_caption(text: str) -> tuple[int, int]:

@@ -6,13 +6,14 @@ Two runs of ``megagen train``, the second from the exported weights of the first
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megagen.demo import clips as clip_sets
+from megagen.demo.rows import STUDENT_STEPS
 from megagen.demo.training import train
 
 Phase = Callable[[str, str], AbstractContextManager[None]]
@@ -70,7 +71,7 @@ def distil(
             **steps_of(options.dmd2_steps, parts=4),
         }
         train(options.dmd2, out / "dmd2", options.num_ranks, dmd2)
-        export(out / "dmd2", out / "student", teacher)
+        export(out / "dmd2", out / "student", teacher, STUDENT_STEPS[4])
 
 
 def steps_of(steps: int | None, parts: int | None = None) -> dict[str, object]:
@@ -102,11 +103,24 @@ def write_prompts(out: Path, count: int, text_encoder: Mapping[str, Any]) -> Non
     )
 
 
-def export(run: Path, target: Path, teacher: Path) -> None:
-    """A run's averaged weights as a diffusers directory that says how to decode."""
+def export(run: Path, target: Path, teacher: Path, t_list: Sequence[float] | None = None) -> None:
+    """A run's averaged weights as a diffusers directory that says how to decode and to sample.
+
+    Args:
+        run: of ``megagen train``.
+        target: directory to make; what is there is removed.
+        teacher: directory whose codec and text encoder are the student's.
+        t_list: timesteps that the student is sampled at; None: those it was trained at.
+    """
     from megagen.checkpoint.convert import Export, to_diffusers
-    from megagen.sampling.source import SPEC
+    from megagen.config.load import load_run_config
+    from megagen.sampling.source import few_step_way, read_spec, write_spec
 
     shutil.rmtree(target, ignore_errors=True)
     to_diffusers(Export(run, target))
-    shutil.copy(teacher / SPEC, target / SPEC)
+    spec = read_spec(teacher)
+    assert spec is not None, "the teacher's directory has sampling.json"
+    way = few_step_way(load_run_config(run / "run.yaml", {}).method.own_options(), spec.flow_shift)
+    if t_list is not None:
+        way["t_list"] = list(t_list)
+    write_spec(target, spec.model_copy(update=way))

@@ -83,9 +83,13 @@ def sample_rows(
     rows, further = {}, {}
     pipeline = load(student)
     for count in STUDENT_STEPS:
-        rows[f"student, {count} steps"] = timed(pipeline, asked, student_way(count, seed))
+        rows[f"student, {count} steps"] = timed(
+            pipeline, asked, student_way(STUDENT_STEPS[count], seed)
+        )
     count = next(iter(STUDENT_STEPS))
-    further[on_known(f"student, {count} steps")] = timed(pipeline, known, student_way(count, seed))
+    further[on_known(f"student, {count} steps")] = timed(
+        pipeline, known, student_way(STUDENT_STEPS[count], seed)
+    )
     pipeline = load(teacher)
     for count in steps:
         way = teacher_way(count, guidance, seed)
@@ -105,10 +109,9 @@ def teacher_way(steps: int, guidance: float, seed: int) -> dict[str, Any]:
     return {"num_steps": steps, "sampler": "euler", "guidance_scale": guidance, "seed": seed}
 
 
-def student_way(steps: int, seed: int) -> dict[str, Any]:
+def student_way(t_list: Sequence[float], seed: int) -> dict[str, Any]:
     """How the student is sampled: no guidance, fresh noise at each step."""
-    t_list = list(STUDENT_STEPS[steps])
-    return {"t_list": t_list, "sampler": "sde", "guidance_scale": 1.0, "seed": seed}
+    return {"t_list": list(t_list), "sampler": "sde", "guidance_scale": 1.0, "seed": seed}
 
 
 def timed(pipeline: VideoPipeline, asked: Clips, how: Mapping[str, Any]) -> Row:
@@ -125,7 +128,7 @@ def sample_progress(out: Path, asked: Clips, seed: int) -> list[Checkpoint]:
             run,
             step,
             {
-                count: clip_sets.sample(pipeline, asked, **student_way(count, seed))
+                count: clip_sets.sample(pipeline, asked, **student_way(STUDENT_STEPS[count], seed))
                 for count in STUDENT_STEPS
             },
         )

@@ -138,7 +138,9 @@ def make_data(options: DemoOptions, streams: Streams, phase: Phases) -> None:
     out = options.out
     with phase("preprocess", f"mp4 files to latents in {out / 'data'}"):
         for videos, data in (("train", "data"), ("held_out", "held_out")):
-            clip_sets.preprocess_videos(out / "videos" / videos, out / data, CODEC, TEXT_ENCODER)
+            clip_sets.preprocess_videos(
+                out / "videos" / videos, out / data, CODEC, TEXT_ENCODER, options.processes
+            )
 
 
 def figures(

@@ -10,7 +10,9 @@ FIGURES = (
     "distance: classifier features of all frames against held-out real clips; real training clips "
     "give the value that perfect samples would have. The teacher is solved by guided Euler steps "
     "(two passes a step); the student needs no guidance. Milliseconds a clip: wall-clock, in "
-    "batches on all cores. Diversity: spread of features within a digit, relative to real clips."
+    "batches on all cores. Diversity: spread of features within a digit, relative to real clips. "
+    "Known captions: those of the training; all other rows are asked for directions in which the "
+    "training never showed the digit."
 )
 _CLIPS = (
     "The same captions everywhere. No training saw them, nor the handwriting of the real clips."

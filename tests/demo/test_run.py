@@ -13,7 +13,9 @@ import torch
 import yaml
 
 from megagen.data.video import read_video
+from megagen.demo import choose
 from megagen.demo import clips as clip_sets
+from megagen.demo.rows import STUDENT_STEPS
 from megagen.demo.run import export_teacher
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
@@ -88,6 +90,28 @@ def test_the_exported_directory_samples_like_the_run_under_tensor_parallelism(jo
     by_directory = run_ranks(1, sampled, str(job / "teacher"), None, ParallelDims())[0]
     by_run = run_ranks(2, sampled, None, job / "sft", ParallelDims(tp_size=2))[0]
     assert (by_directory.int() - by_run.int()).abs().max() <= 1
+
+
+def test_the_exported_student_says_how_it_is_sampled(job: Path) -> None:
+    spec = source.read_spec(job / "student")
+    assert spec is not None
+    assert (spec.t_list, spec.sampler) == (list(STUDENT_STEPS[4]), "sde")
+    assert spec.guidance_scale == 1.0
+    kd = source.read_spec(job / "kd_student")
+    assert kd is not None and kd.sampler == "euler"
+
+
+def test_lists_of_timesteps_are_compared_on_the_training_alone(job: Path) -> None:
+    lists = ((1000.0, 500.0), (1000.0, 750.0, 300.0), (1000.0, 250.0))
+    few = {"num_samples": 20, "judge_epochs": 1}
+    found = choose.compare(job / "student", job / "data", lists, num_processes=2, **few)
+    assert [len(steps) for steps in found] == [3, 2, 2] and set(found) == set(lists)
+    pair = [found[steps].frechet for steps in found if len(steps) == 2]
+    assert pair == sorted(pair)
+    chosen = choose.best(found)
+    assert set(chosen) == {2, 3} and all(steps[-1] == 0 for steps in chosen.values())
+    one = choose.compare(job / "student", job / "data", lists, num_processes=1, **few)
+    assert one[lists[0]].frechet == pytest.approx(found[lists[0]].frechet, rel=1e-3)
 
 
 def test_a_second_export_replaces_the_first(job: Path) -> None:
