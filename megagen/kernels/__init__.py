@@ -16,8 +16,14 @@ if TYPE_CHECKING:
     from megagen.kernels.backend import status
     from megagen.kernels.bias_gelu import bias_gelu_tanh
     from megagen.kernels.layernorm import layernorm_affine, layernorm_modulate
+    from megagen.kernels.losses import flow_matching_loss, vsd_loss
     from megagen.kernels.norm_rope import rmsnorm_rope, sum_squares
+    from megagen.kernels.norm_rope_tile import norm_rope_tile_pool
     from megagen.kernels.residual import gated_residual
+    from megagen.kernels.residual_norm import (
+        gated_residual_layernorm_affine,
+        gated_residual_layernorm_modulate,
+    )
     from megagen.kernels.vsa import (
         BlockIndex,
         VSALayout,
@@ -40,11 +46,15 @@ __all__ = [
     "block_mean",
     "block_sparse_attention",
     "coarse_attention",
+    "flow_matching_loss",
     "gated_residual",
+    "gated_residual_layernorm_affine",
+    "gated_residual_layernorm_modulate",
     "index_from_map",
     "layernorm_affine",
     "layernorm_modulate",
     "map_from_index",
+    "norm_rope_tile_pool",
     "rmsnorm_rope",
     "select_topk",
     "status",
@@ -53,6 +63,7 @@ __all__ = [
     "transpose_index",
     "untile",
     "vsa_attention",
+    "vsd_loss",
 ]
 
 _HOME = {
@@ -62,11 +73,15 @@ _HOME = {
     "block_mean": "vsa",
     "block_sparse_attention": "vsa",
     "coarse_attention": "vsa",
+    "flow_matching_loss": "losses",
     "gated_residual": "residual",
+    "gated_residual_layernorm_affine": "residual_norm",
+    "gated_residual_layernorm_modulate": "residual_norm",
     "index_from_map": "vsa",
     "layernorm_affine": "layernorm",
     "layernorm_modulate": "layernorm",
     "map_from_index": "vsa",
+    "norm_rope_tile_pool": "norm_rope_tile",
     "rmsnorm_rope": "norm_rope",
     "select_topk": "vsa",
     "status": "backend",
@@ -75,6 +90,7 @@ _HOME = {
     "transpose_index": "vsa",
     "untile": "vsa",
     "vsa_attention": "vsa",
+    "vsd_loss": "losses",
 }
 
 SPECS = {
@@ -84,6 +100,14 @@ SPECS = {
     "rmsnorm_rope": "megagen.kernels.norm_rope:SPEC",
 }
 """Every operation with its reference, cases and sizes: what tests and benchmarks loop over."""
+
+GPU_SPECS = {
+    "flow_matching_loss": "megagen.kernels.losses:FLOW_MATCHING_SPEC",
+    "gated_residual_layernorm_modulate": "megagen.kernels.residual_norm:SPEC",
+    "norm_rope_tile_pool": "megagen.kernels.norm_rope_tile:SPEC",
+    "vsd_loss": "megagen.kernels.losses:VSD_SPEC",
+}
+"""Operations that are one kernel on a GPU only; a CPU composes them, or runs plain torch."""
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ class Spec:
 
     Args:
         name: its name in ``megagen.kernels``.
-        function: the public function.
+        function: the public function; some give several tensors.
         reference: the same in plain torch, any device and type, differentiable by autograd.
         make: ``make(case, generator, dtype) -> keyword arguments`` of both.
         differentiable: names of the arguments that take a gradient.
@@ -28,8 +28,8 @@ class Spec:
     """
 
     name: str
-    function: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
+    reference: Callable[..., Tensor | tuple[Tensor, ...]]
     make: Callable[[Case, torch.Generator, torch.dtype], dict[str, Any]]
     differentiable: tuple[str, ...]
     cases: tuple[Case, ...]

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from megagen.core.registry import resolve
-from megagen.kernels import SPECS
+from megagen.kernels import GPU_SPECS, SPECS
 from megagen.kernels.spec import Case, Spec
 
 ALL: dict[str, Spec] = {name: resolve(target) for name, target in SPECS.items()}
 CASES: list[tuple[str, Case]] = [(name, case) for name, spec in ALL.items() for case in spec.cases]
+
+COMPOSED: dict[str, Spec] = {name: resolve(target) for name, target in GPU_SPECS.items()}
+COMPOSED_CASES = [(name, case) for name, spec in COMPOSED.items() for case in spec.cases]
 
 
 def case_id(value: object) -> str:

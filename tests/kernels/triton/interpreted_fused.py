@@ -10,7 +10,16 @@ from torch import Tensor
 
 from megagen.kernels.backend import serves_triton
 from megagen.kernels.spec import Case, Spec
-from tests.kernels.operations import ALL, CASES, case_id, errors, gradients_like, run
+from tests.kernels.operations import (
+    ALL,
+    CASES,
+    COMPOSED,
+    COMPOSED_CASES,
+    case_id,
+    errors,
+    gradients_like,
+    run,
+)
 
 
 def both(
@@ -31,13 +40,17 @@ def both(
     return {k: v.cpu() for k, v in found.items()}, exact, plain
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("name", "case"), CASES, ids=case_id)
+SPECS = {**ALL, **COMPOSED}
+TYPED = [(name, case, torch.float32) for name, case in [*COMPOSED_CASES, *CASES]]
+TYPED += [(name, spec.cases[0], torch.bfloat16) for name, spec in SPECS.items()]
+
+
+@pytest.mark.parametrize(("name", "case", "dtype"), TYPED, ids=case_id)
 def test_matches_fp64(
     name: str, case: Case, dtype: torch.dtype, device: str, seeded: torch.Generator
 ) -> None:
     """Every output and gradient at most three times plain torch's rounding away."""
-    found, exact, plain = both(ALL[name], case, dtype, device, seeded)
+    found, exact, plain = both(SPECS[name], case, dtype, device, seeded)
     rounding = 3e-7 if dtype == torch.float32 else 2**-8
     for what, error in errors(found, exact).items():
         assert error <= 3 * plain[what] + rounding, (what, error, plain[what])
