@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from megagen.core.options import parse_options
 from megagen.core.streams import Streams
@@ -82,8 +83,13 @@ def from_dataset(data: Path, limit: int | None = None) -> Clips:
     (batch,) = loader.step_batches(0)
     loader.close()
     video_BCTHW = build_codec(manifest.codec).decode(batch.clean_latents())
-    shown = torch.tensor([parse_caption(caption) for caption in batch.captions])
-    return Clips(video_BCTHW.mean(1).add(1).div(2), shown[:, 0], shown[:, 1])
+    return from_pixels(video_BCTHW, batch.captions)
+
+
+def from_pixels(video_BCTHW: Tensor, captions: Sequence[str]) -> Clips:
+    """Clips of decoded videos in [-1, 1] and their captions."""
+    shown = torch.tensor([parse_caption(caption) for caption in captions])
+    return Clips(video_BCTHW.mean(1).add(1).div(2).clamp(0, 1), shown[:, 0], shown[:, 1])
 
 
 def asked(count: int, split: Split) -> Clips:

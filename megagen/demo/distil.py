@@ -68,7 +68,7 @@ def distil(
             "models.student.init_from": out / "kd_student",
             "models.critic.init_from": teacher,
             "method.real_score_guidance_scale": options.guidance_scale,
-            **steps_of(options.dmd2_steps, parts=4),
+            **steps_of(options.dmd2_steps, parts=3),
         }
         train(options.dmd2, out / "dmd2", options.num_ranks, dmd2)
         export(out / "dmd2", out / "student", teacher, STUDENT_STEPS[4])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from megagen.demo import clips as clip_sets
 from megagen.demo.digits import Clips
@@ -34,11 +36,12 @@ class Row:
 
     Args:
         clips: with frames.
-        seconds: of wall-clock time for all of them on all cores, decoding included.
+        seconds: of wall-clock time for all of them on all cores, decoding included; None: not
+            known.
     """
 
     clips: Clips
-    seconds: float
+    seconds: float | None
 
 
 Checkpoint = tuple[str, int, dict[int, Clips]]
@@ -64,7 +67,7 @@ def sample_rows(
     student: Path,
     teacher: Path,
     asked: Clips,
-    known: Clips,
+    paths: Path,
     *,
     seed: int,
     guidance: float,
@@ -72,10 +75,13 @@ def sample_rows(
 ) -> dict[str, Row]:
     """Clips of the student, then of the teacher by ``steps`` guided Euler steps. Collective.
 
+    A further row of each shows captions of the training: the teacher's are the ends of the paths
+    that the student began with, the student's are made for the same captions with other noise.
+
     Args:
         student, teacher: diffusers directories.
-        asked: held-out captions, of every row.
-        known: captions of the training, of a further row of each.
+        asked: held-out captions.
+        paths: of the teacher, by its main row's steps.
         seed: of the noise.
         guidance: of the teacher.
         steps: the teacher's, its main row first.
@@ -87,16 +93,28 @@ def sample_rows(
             pipeline, asked, student_way(STUDENT_STEPS[count], seed)
         )
     count = next(iter(STUDENT_STEPS))
+    known = path_ends(paths, pipeline)
     further[on_known(f"student, {count} steps")] = timed(
         pipeline, known, student_way(STUDENT_STEPS[count], seed)
     )
+    further[on_known(f"teacher, {steps[0]} steps")] = Row(known, None)
     pipeline = load(teacher)
     for count in steps:
         way = teacher_way(count, guidance, seed)
         rows[f"teacher, {count} steps"] = timed(pipeline, asked, way)
-    way = teacher_way(steps[0], guidance, seed)
-    further[on_known(f"teacher, {steps[0]} steps")] = timed(pipeline, known, way)
     return rows | further
+
+
+def path_ends(folder: Path, pipeline: VideoPipeline) -> Clips:
+    """The clips at which the paths of a cache end."""
+    from megagen.data.ode_cache import OdeCache, read_manifest
+
+    cache = OdeCache(folder, read_manifest(folder).timesteps)
+    keys = sorted(int(file.stem) for file in (folder / "samples").glob("*.safetensors"))
+    samples = [cache.read(key, ()) for key in keys]
+    x0_BCTHW = torch.stack([sample.x0_CTHW for sample in samples])
+    video_BCTHW = pipeline.codec.decode(pipeline.roles[0].plugin.denormalize(x0_BCTHW))
+    return clip_sets.from_pixels(video_BCTHW, [sample.caption for sample in samples])
 
 
 def on_known(title: str) -> str:
@@ -121,19 +139,19 @@ def timed(pipeline: VideoPipeline, asked: Clips, how: Mapping[str, Any]) -> Row:
     return Row(clips, time.monotonic() - begin)
 
 
-def sample_progress(out: Path, asked: Clips, seed: int) -> list[Checkpoint]:
-    """The student at each of its checkpoints. Collective."""
-    return [
-        (
-            run,
-            step,
-            {
-                count: clip_sets.sample(pipeline, asked, **student_way(STUDENT_STEPS[count], seed))
-                for count in STUDENT_STEPS
-            },
-        )
-        for run, step, pipeline in student_pipelines(out)
-    ]
+def sample_progress(
+    out: Path, asked: Clips, rows: Mapping[str, Row], seed: int
+) -> list[Checkpoint]:
+    """The student at each of its checkpoints; at the last it made the rows. Collective."""
+    points = [(run, step) for run in ("kd", "dmd2") for step in checkpoints(out / run)]
+    found: list[Checkpoint] = []
+    for run, step in points[:-1]:
+        pipeline = load_run(out / run, step)
+        ways = {count: student_way(t_list, seed) for count, t_list in STUDENT_STEPS.items()}
+        drawn = {count: clip_sets.sample(pipeline, asked, **way) for count, way in ways.items()}
+        found.append((run, step, drawn))
+    last = {count: rows[f"student, {count} steps"].clips for count in STUDENT_STEPS}
+    return [*found, (*points[-1], last)]
 
 
 def load(directory: Path) -> VideoPipeline:
@@ -144,11 +162,9 @@ def load(directory: Path) -> VideoPipeline:
     return build_pipeline(from_directory(str(directory)), ParallelDims())
 
 
-def student_pipelines(out: Path) -> Iterator[tuple[str, int, VideoPipeline]]:
-    """The student at the end of the first run and at each checkpoint of the second."""
+def load_run(run: Path, step: int) -> VideoPipeline:
+    """A pipeline over a run's student at a step."""
     from megagen.parallel.dims import ParallelDims
     from megagen.sampling.source import build_pipeline, from_run
 
-    for run in ("kd", "dmd2"):
-        for step in checkpoints(out / run):
-            yield run, step, build_pipeline(from_run(out / run, step), ParallelDims())
+    return build_pipeline(from_run(run, step), ParallelDims())

@@ -173,7 +173,11 @@ def figures(
     }
     return {
         "verdicts": verdicts,
-        "milliseconds": {t: 1e3 * row.seconds / len(row.clips) for t, row in rows.items()},
+        "milliseconds": {
+            title: 1e3 * row.seconds / len(row.clips)
+            for title, row in rows.items()
+            if row.seconds is not None
+        },
         "shown": shown,
         "progress": points,
     }
@@ -187,12 +191,12 @@ def sample(
         options.out / "student",
         teacher,
         asked,
-        clip_sets.asked(max(20, len(asked) // 2), "train"),
+        options.out / "paths",
         seed=options.seed,
         guidance=options.distil.guidance_scale,
         steps=options.teacher_steps,
     )
-    return rows, sample_progress(options.out, asked, options.seed)
+    return rows, sample_progress(options.out, asked, rows, options.seed)
 
 
 def judged(
