@@ -47,6 +47,7 @@ def sections() -> list[tuple[str, str, type[BaseModel]]]:
     found: list[tuple[str, str, type[BaseModel]]] = [
         ("models.&lt;role&gt;", "One network; a run has one or several.", schema.RoleOptions),
         ("models.&lt;role&gt;.attention", "", schema.AttentionOptions),
+        ("models.&lt;role&gt;.attention.vsa", "", schema.VSAOptions),
         ("models.&lt;role&gt;.optimizer", "", schema.RoleOptimizerOptions),
         ("models.&lt;role&gt;.lora", "", schema.LoraOptions),
     ]

@@ -32,6 +32,7 @@ def check(config: RunConfig, plugins: Mapping[str, ModelPlugin], world_size: int
         owner = f"models.{name}" if config.models[name].distributed else "training"
         distributed.dims().dp_size(world_size)
         plugin.check(distributed.dims(), f"{owner}.distributed")
+        _check_ramp(config, name)
     lora.check(config, plugins)
     _check_batches(config, world_size)
 
@@ -46,6 +47,16 @@ def _check_trained(config: RunConfig, cls: type[TrainingMethod]) -> None:
                 remedy=f"Set it to {str(wanted).lower()}.",
                 where=f"models.{name}.trainable",
             )
+
+
+def _check_ramp(config: RunConfig, name: str) -> None:
+    vsa = config.models[name].attention.vsa
+    if vsa is not None and vsa.decay_rate is not None and not config.models[name].trainable:
+        raise ConfigError(
+            f"is {vsa.decay_rate}, but nothing trains this role to follow a sparsity that rises.",
+            remedy="Drop it and decay_interval_steps.",
+            where=f"models.{name}.attention.vsa.decay_rate",
+        )
 
 
 def _check_latents(config: RunConfig, needed: bool) -> None:

@@ -62,6 +62,14 @@ def _check_sharing(config: RunConfig, plugins: Mapping[str, ModelPlugin]) -> Non
                     remedy=f"Make them equal, or drop {_where(name)}.share_base.",
                     where=f"models.{name}.{key}",
                 )
+        if (plugins[name].vsa is None) != (plugins[sharing[0]].vsa is None):
+            raise ConfigError(
+                f"has the gate of sparse attention, or {sharing[0]!r} has, but not both, and they "
+                "share a base.",
+                remedy="Give both backend vsa (sparsity 0 is dense attention), or drop "
+                f"{_where(name)}.share_base.",
+                where=f"models.{name}.attention.backend",
+            )
         if plugins[name].tensor_shapes() != plugins[sharing[0]].tensor_shapes():
             raise ConfigError(
                 f"is not that of {sharing[0]!r}, whose base it shares.",

@@ -62,7 +62,7 @@ def role_settings(config: RunConfig, name: str) -> RoleSettings:
         precision=role.precision or training.precision,
         recompute=role.recompute or training.recompute,
         transformer_impl=role.transformer_impl,
-        attention_backend=role.attention.backend,
+        attention_backend=role.attention.dense_backend,
         fp8=role.fp8,
         score_schedule=training.score_schedule,
         overlap_grad_reduce=distributed.overlap_grad_reduce,

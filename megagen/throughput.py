@@ -38,21 +38,28 @@ class Throughput:
     """
 
     def __init__(self, work: Mapping[str, tuple[ModelPlugin, float]], device: torch.device) -> None:
-        self._work, self._device = list(work.values()), device
+        self._work, self._device = dict(work), device
         self._start = 0.0
         self._tokens, self._flops = 0, 0.0
         self._peak = _peak_tflops(device)
 
-    def start(self, batches: Sequence[Batch]) -> None:
-        """Begin a step over this data rank's micro-batches."""
+    def start(self, batches: Sequence[Batch], sparsity: Mapping[str, float] | None = None) -> None:
+        """Begin a step.
+
+        Args:
+            batches: this data rank's micro-batches.
+            sparsity: of the roles whose attention is sparse.
+        """
         self._tokens, self._flops = 0, 0.0
+        first, _ = next(iter(self._work.values()))
         for batch in batches:
             text = batch.condition.get("text_embeds_BLD")
             text_len = text.shape[1] if text is not None else 0
             count, shape = len(batch.positions), batch.latent_shape
-            self._tokens += count * self._work[0][0].num_tokens(shape)
-            for plugin, passes in self._work:
-                self._flops += passes * count * plugin.flops(shape, text_len)
+            self._tokens += count * first.num_tokens(shape)
+            for name, (plugin, passes) in self._work.items():
+                share = (sparsity or {}).get(name)
+                self._flops += passes * count * plugin.flops(shape, text_len, share)
         self._start = time.perf_counter()
 
     def stop(self, num_data_ranks: int) -> dict[str, float]:

@@ -109,17 +109,20 @@ class Trainer:
             self._write_run_yaml()
             self.trackers = self._make_trackers(self.step)
         throughput = Throughput(self._work(), process.device())
+        self._begin_step()
         for callback in self.run_parts.callbacks.values():
             callback.on_train_start(self)
         stopped = False
         while self.step < config.loop.max_train_steps and not stopped:
             batches = self.run_parts.loader.step_batches(self.step)
-            throughput.start(batches)
+            sparsity = self._begin_step()
+            throughput.start(batches, sparsity)
             result = self.run_parts.method.train_step(batches, self.step)
             self._on_phase("after_update", self.step)
             self.step += 1
             metrics, stopped = self._reduce(result)
             metrics |= throughput.stop(self.run_parts.mesh.dp_size)
+            metrics |= {f"vsa_sparsity/{name}": share for name, share in sparsity.items()}
             self._record(metrics)
             self._guard(result)
             for callback in self.run_parts.callbacks.values():
@@ -147,6 +150,13 @@ class Trainer:
             )
             for name in names
         }
+
+    def _begin_step(self) -> dict[str, float]:
+        """Tell the roles the step; the sparsity of those whose attention is sparse."""
+        for role in self.run_parts.roles.values():
+            role.begin_step(self.step)
+        found = {name: role.sparsity for name, role in self.run_parts.roles.items()}
+        return {name: share for name, share in found.items() if share is not None}
 
     def _reduce(self, result: StepResult) -> tuple[dict[str, float], bool]:
         """Average losses over data ranks; agree whether anybody was asked to stop."""

@@ -28,6 +28,12 @@ from megagen.core.log import get_logger
 log = get_logger(__name__)
 
 TRAINER = "trainer.json"
+_GATE = ".linear_gate."
+_UNGATED = (
+    "It was trained without sparse attention: start a new run (another output_dir) from its "
+    "weights with models.<role>.init_from, where the gate begins at zero; or resume with dense "
+    "attention."
+)
 
 
 @dataclass(frozen=True)
@@ -170,12 +176,21 @@ def _check_space(directory: Path, sharded: Any) -> None:
 def _check_shapes(directory: Path, sharded: Any) -> None:
     """Name the first tensor that the checkpoint lacks or holds in another shape."""
     stored = dist_checkpointing.load_tensors_metadata(str(directory / "state"))
-    for tensor in _tensors(sharded):
+    wanted = list(_tensors(sharded))
+    if any(_GATE in key for key in stored) and not any(_GATE in t.key for t in wanted):
+        raise CheckpointError(
+            "was trained with sparse attention, this run's networks have none.",
+            remedy="Resume with attention.backend vsa (its sparsity may be 0, which is dense).",
+            where=str(directory),
+        )
+    for tensor in wanted:
         found = stored.get(tensor.key)
         if found is None:
             raise CheckpointError(
                 f"holds no tensor {tensor.key!r}.",
-                remedy="It was made by another model or method: check models and method.",
+                remedy=_UNGATED
+                if _GATE in tensor.key
+                else "It was made by another model or method: check models and method.",
                 where=str(directory),
             )
         if tuple(found.global_shape) != tuple(tensor.global_shape):

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagen.core.errors import CheckpointError
+from megagen.core.log import get_logger
 from megagen.core.streams import Streams
 from megagen.models.base import ModelPlugin, WeightStore
 from megagen.models.hub import component_directory, read_json
 
+log = get_logger(__name__)
+
 STEM = "diffusion_pytorch_model"
+_GATED = (
+    "They were trained with sparse attention: set attention: {backend: vsa, vsa: {sparsity: ...}} "
+    "for this role (sparsity 0 keeps its attention dense)."
+)
 IGNORED = re.compile(r"\.norm_added_q\.")
 """Tensors that published checkpoints hold and no network reads (diffusers ignores them too)."""
 
@@ -156,6 +164,44 @@ class InitialStore:
         return tensor if dim is None else tensor.chunk(num_parts, dim)[part]
 
 
+class CompletedStore:
+    """A store with zeros for what it lacks of a network (``ModelPlugin.may_start_at_zero``).
+
+    Args:
+        store: the other tensors.
+        shapes: of those that it lacks.
+    """
+
+    def __init__(self, store: WeightStore, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.store, self._shapes = store, dict(shapes)
+        self.directory = getattr(store, "directory", "the weight store")
+
+    def names(self) -> Iterator[str]:
+        """Every tensor's name."""
+        yield from self.store.names()
+        yield from self._shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return self._shapes[name] if name in self._shapes else self.store.shape(name)
+
+    def read(self, name: str, dim: int | None, part: int, num_parts: int) -> Tensor:
+        """Part ``part`` of ``num_parts`` along ``dim`` (None: the whole)."""
+        if name not in self._shapes:
+            return self.store.read(name, dim, part, num_parts)
+        tensor = torch.zeros(self._shapes[name])
+        return tensor if dim is None else tensor.chunk(num_parts, dim)[part]
+
+
+def completed(plugin: ModelPlugin, store: WeightStore) -> WeightStore:
+    """The store, with zeros for tensors that may start so where it holds none of them."""
+    shapes = {n: s for n, s in plugin.tensor_shapes().items() if plugin.may_start_at_zero(n)}
+    if not shapes or not shapes.keys().isdisjoint(store.names()):
+        return store
+    log.info("%d tensors that the weights lack start at zero (%s...)", len(shapes), min(shapes))
+    return CompletedStore(store, shapes)
+
+
 def check_weights(plugin: ModelPlugin, store: WeightStore) -> None:
     """Compare a store's names and shapes with the whole network's; only headers are read.
 
@@ -175,9 +221,10 @@ def check_weights(plugin: ModelPlugin, store: WeightStore) -> None:
         )
     unexpected = sorted(set(found) - expected.keys())
     if unexpected:
+        is_gated = all(plugin.may_start_at_zero(name) for name in unexpected)
         raise CheckpointError(
             f"{_listed(unexpected)} not expected by the network.",
-            remedy=remedy,
+            remedy=_GATED if is_gated else remedy,
             where=str(_file(store, unexpected[0])),
         )
     for name, shape in expected.items():

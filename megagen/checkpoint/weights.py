@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megagen.checkpoint import commit
 from megagen.checkpoint.adapters import MergedStore, fingerprint, spec_of
-from megagen.checkpoint.store import DiffusersStore, InitialStore, check_weights
+from megagen.checkpoint.store import DiffusersStore, InitialStore, check_weights, completed
 from megagen.core.errors import CheckpointError
 from megagen.core.streams import Streams
 from megagen.models.adapters import adapter_source, is_adapter
@@ -198,5 +198,6 @@ def open_weights(
         store = open_role(checkpoint, plugin, "student")
     else:
         store = DiffusersStore(getattr(plugin, "directory", None) or init_from, subfolder)
+    store = completed(plugin, store)
     check_weights(plugin, store)
     return store

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from megagen.config.lora import LoraOptions
 from megagen.core.options import Betas, StrictOptions
+from megagen.core.vsa import VSAOptions
 from megagen.data.options import DataOptions
 from megagen.parallel.dims import CPCommType, ParallelDims
 
@@ -98,14 +99,32 @@ class DistributedOptions(StrictOptions):
 
 
 class AttentionOptions(StrictOptions):
-    """``models.<role>.attention``: how dense attention is computed.
+    """``models.<role>.attention``: how attention is computed.
 
     Attributes:
-        backend: torch's ``sdpa``; on CUDA also ``flash`` (flash-attn) or ``te`` (Transformer
-            Engine).
+        backend: dense: torch's ``sdpa``, on CUDA also ``flash`` (flash-attn) or ``te`` (Transformer
+            Engine). ``vsa``: self-attention is sparse, see ``vsa``.
+        vsa: video sparse attention; needs backend ``vsa``. A network whose weights were trained
+            with it (``init_from``) has it in any case, as they had it where this is left out.
     """
 
-    backend: Literal["sdpa", "flash", "te"] = "sdpa"
+    backend: Literal["sdpa", "flash", "te", "vsa"] = "sdpa"
+    vsa: VSAOptions | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AttentionOptions:
+        if self.backend == "vsa" and self.vsa is None:
+            raise ValueError(
+                "backend vsa needs a section vsa with its sparsity: vsa: {sparsity: 0.9}"
+            )
+        if self.backend != "vsa" and self.vsa is not None:
+            raise ValueError(f"vsa is given, but backend is {self.backend}: set backend to vsa")
+        return self
+
+    @property
+    def dense_backend(self) -> str:
+        """Of attention that is not sparse."""
+        return self.backend if self.vsa is None else self.vsa.dense_backend
 
 
 class RoleOptimizerOptions(StrictOptions):
@@ -150,7 +169,7 @@ class RoleOptions(StrictOptions):
         distributed: this role's own layout; None: ``training.distributed``.
         precision: None: ``training.precision``.
         recompute: activation recomputation; None: ``training.recompute``.
-        attention: attention backend.
+        attention: how attention is computed, dense or sparse.
         transformer_impl: megatron-core's local linears and norms, or Transformer Engine's.
         fp8: run Transformer Engine's linears in fp8 (needs ``transformer_engine``).
         optimizer: what this role's optimizer does otherwise than ``training.optimizer``.
@@ -177,9 +196,18 @@ class RoleOptions(StrictOptions):
             raise ValueError("fp8 needs transformer_impl: transformer_engine")
         return self
 
+    @model_validator(mode="after")
+    def _vsa_is_of_attention(self) -> RoleOptions:
+        if "vsa" in (self.model_extra or {}):
+            raise ValueError("vsa is a key of attention: attention: {backend: vsa, vsa: {...}}")
+        return self
+
     def model_options(self) -> dict[str, Any]:
-        """The keys that belong to the model class."""
-        return dict(self.model_extra or {})
+        """What the model class takes: the keys that belong to it, and ``attention.vsa``."""
+        options = dict(self.model_extra or {})
+        if self.attention.vsa is not None:
+            options["vsa"] = self.attention.vsa.model_dump()
+        return options
 
 
 class Component(StrictOptions):

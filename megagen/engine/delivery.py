@@ -34,6 +34,7 @@ class Delivery:
     def __init__(self, data_layout: Mesh, pipeline: Pipeline) -> None:
         self._pipeline, self._mesh = pipeline, pipeline.mesh
         self._exchange, self._caches = Exchange(data_layout, pipeline.mesh), Caches()
+        self.sparsity: float | None = None  # of sparse attention, in the requests that come in
 
     # -- in ----------------------------------------------------------------------------------------
     def collect(self, requests: Sequence[Request]) -> list[Request]:
@@ -110,6 +111,7 @@ class Delivery:
             timestep=request.timestep.to(device),
             condition={name: value.to(device) for name, value in request.condition.items()},
             cache=self._caches.find(request.cache),
+            sparsity=self.sparsity,
         )
 
 

@@ -68,6 +68,7 @@ class Role:
                 chunk.requires_grad_(False)
         self._pipeline = Pipeline(plugin, self._ddp or self.chunks, config, mesh)
         self._delivery = Delivery(data_layout, self._pipeline)
+        self.begin_step(None)
 
     @staticmethod
     def build(
@@ -135,6 +136,16 @@ class Role:
     def num_updates(self) -> int:
         """Updates done so far, skipped ones not counted."""
         return self.optimizer.num_updates if self.optimizer is not None else 0
+
+    @property
+    def sparsity(self) -> float | None:
+        """Of sparse attention in the passes to come; None: attention is dense by construction."""
+        return self._delivery.sparsity
+
+    def begin_step(self, step: int | None) -> None:
+        """The passes to come belong to a step of the run; None: to what its schedules end at."""
+        vsa = self.plugin.vsa
+        self._delivery.sparsity = None if vsa is None else vsa.at(step)
 
     # -- passes without gradients of the weights ---------------------------------------------------
     def predict(self, requests: Sequence[Request]) -> list[Tensor]:

@@ -6,7 +6,7 @@ suffix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -15,8 +15,10 @@ from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from megagen.core.errors import SetupError, suggest
+from megagen.core.vsa import VSAOptions
 from megagen.layers.linear import column_linear, row_linear
 from megagen.layers.norm import HeadsRMSNorm, norm_heads
+from megagen.layers.sparse import frames_layout, sparse_attention
 from megagen.layers.tokens import TokenShard
 from megagen.parallel.context import Attend, context_attention
 from megagen.parallel.dims import CPCommType
@@ -100,12 +102,18 @@ class SelfAttention(nn.Module):
         pg: process groups: ``tp``, ``cp``, and for ``a2a+p2p`` ``hcp = [a2a group, ring group]``.
         backend: of ``core_attention``.
         eps: of the norms.
+        vsa: sparse attention, gated by a linear of its own; None: dense.
     """
 
-    def __init__(self, config: Any, pg: Any, *, backend: str, eps: float) -> None:
+    def __init__(
+        self, config: Any, pg: Any, *, backend: str, eps: float, vsa: VSAOptions | None = None
+    ) -> None:
         super().__init__()
         size = config.num_attention_heads * config.kv_channels
         self.linear_qkv = column_linear(config, pg.tp, config.hidden_size, 3 * size, name="qkv")
+        self.vsa = vsa
+        if vsa is not None:
+            self.linear_gate = column_linear(config, pg.tp, config.hidden_size, size, name="qkv")
         self.norm_q = HeadsRMSNorm(config, pg.tp)
         self.norm_k = HeadsRMSNorm(config, pg.tp)
         self.linear_proj = row_linear(config, pg.tp, size, config.hidden_size, name="proj")
@@ -118,11 +126,12 @@ class SelfAttention(nn.Module):
         """``[S_local, B, D]`` to the same; ``cos`` and ``sin`` are of the CP rank's tokens."""
         qkv = self.linear_qkv(hidden_SBD)
         weights = (self.norm_q(), self.norm_k())
+        gate = self.linear_gate(hidden_SBD) if self.vsa is not None else None
         core = partial(self._core, shard=shard)
         if self.recompute and qkv.requires_grad:
-            out = tensor_parallel.checkpoint(core, False, qkv, *weights, cos, sin)
+            out = tensor_parallel.checkpoint(core, False, qkv, *weights, cos, sin, gate)
         else:
-            out = core(qkv, *weights, cos, sin)
+            out = core(qkv, *weights, cos, sin, gate)
         return self.linear_proj(out)
 
     def _core(
@@ -132,16 +141,53 @@ class SelfAttention(nn.Module):
         weight_k: Tensor,
         cos: Tensor,
         sin: Tensor,
+        gate: Tensor | None,
         *,
         shard: TokenShard,
     ) -> Tensor:
         q, k, v = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(3)
         weights = (weight_q, weight_k)
         q, k = norm_heads([q, k], weights, eps=self.eps, tp_group=self.pg.tp, cos=cos, sin=sin)
-        return self._mix(q, k, v, shard, self.attend).flatten(2)
+        if gate is not None:
+            gate = gate.unflatten(-1, (-1, self.head_dim))
+        return self._mix(q, k, v, gate, shard).flatten(2)
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, shard: TokenShard, attend: Attend) -> Tensor:
-        """``attend`` over the tokens of all CP ranks: ``[S / cp, B, N, K]`` to the same."""
+    def _whole(self, shard: TokenShard) -> Attend:
+        """What attends once all tokens are together."""
+        assert shard.grid is not None or self.vsa is None, "sparse attention needs the tokens' grid"
+        return self._between([shard.grid[0]], None, shard) if shard.grid else self.attend
+
+    def _between(
+        self, queries: Sequence[int], keys: Sequence[int] | None, shard: TokenShard
+    ) -> Attend:
+        """What attends from runs of whole frames to others, given by their lengths.
+
+        Args:
+            queries: of the queries.
+            keys: of the keys; None: the queries'.
+            shard: rows, columns, prefix and sparsity are read.
+        """
+        if self.vsa is None or shard.grid is None:
+            return self.attend
+        make = partial(frames_layout, self.vsa, rows=shard.grid[1], columns=shard.grid[2])
+        return partial(
+            sparse_attention,
+            options=self.vsa,
+            sparsity=shard.sparsity,
+            layout=make(queries, prefix=shard.prefix),
+            kv_layout=None if keys is None else make(keys),
+        )
+
+    def _mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate: Tensor | None,
+        shard: TokenShard,
+        attend: Attend | None = None,
+    ) -> Tensor:
+        """Attention over the tokens of all CP ranks: ``[S / cp, B, N, K]`` to the same."""
         a2a_group, ring_group = self.pg.hcp if self.comm_type == "a2a+p2p" else (None, None)
         return context_attention(
             q,
@@ -152,7 +198,8 @@ class SelfAttention(nn.Module):
             comm_type=self.comm_type,
             a2a_group=a2a_group,
             ring_group=ring_group,
-            attend=attend,
+            attend=attend or self._whole(shard),
+            gate_SBNK=gate,
         )
 
 

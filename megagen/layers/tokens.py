@@ -21,6 +21,9 @@ class TokenShard:
         sp_size: TP ranks that share the tokens outside attention and MLP; 1 without sequence
             parallel.
         sp_rank: own rank among them.
+        grid: (frames, rows, columns) of the video's tokens; sparse attention makes tiles of it.
+        prefix: tokens before the video (text of a joint model); with the grid all ``num_tokens``.
+        sparsity: see ``Request``.
     """
 
     num_tokens: int
@@ -28,6 +31,9 @@ class TokenShard:
     cp_rank: int = 0
     sp_size: int = 1
     sp_rank: int = 0
+    grid: tuple[int, int, int] | None = None
+    prefix: int = 0
+    sparsity: float | None = None
 
     @property
     def padded(self) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megagen.core.errors import ConfigError
 from megagen.core.options import StrictOptions
+from megagen.core.vsa import VSAOptions
 from megagen.models.cache import KVCache
 from megagen.parallel.dims import ParallelDims
 
@@ -38,6 +39,8 @@ class Request:
             it.
         cache: what a causal network keeps of the frames before these, as ``Role.extend_cache``
             gave it; None: these frames are the first.
+        sparsity: share of the tiles that sparse attention leaves out, set by the role from its
+            schedule; None: what the schedule ends at.
     """
 
     latents_BCTHW: Tensor
@@ -45,6 +48,7 @@ class Request:
     condition: Mapping[str, Tensor]
     extra: Mapping[str, Any] = field(default_factory=dict)
     cache: Any = None
+    sparsity: float | None = None
 
     def with_(self, **changes: Any) -> Request:
         """A copy with some fields replaced."""
@@ -142,6 +146,7 @@ class ModelPlugin(ABC):
     flow_shift: float
     in_channels: int  # of the latents, not of the network's input
     out_channels: int
+    vsa: VSAOptions | None = None  # sparse self-attention; None: dense
 
     @abstractmethod
     def check(self, dims: ParallelDims, where: str) -> None:
@@ -184,6 +189,10 @@ class ModelPlugin(ABC):
     @abstractmethod
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the diffusers checkpoint and its shape, in the order they are written."""
+
+    def may_start_at_zero(self, name: str) -> bool:
+        """Whether weights that hold none of such tensors give zeros for them; default: no."""
+        return False
 
     @abstractmethod
     def weights(self, chunk: nn.Module) -> dict[str, WeightSource]:
@@ -240,8 +249,16 @@ class ModelPlugin(ABC):
 
     # -- figures -------------------------------------------------------------------------------
     @abstractmethod
-    def flops(self, latent_shape: Sequence[int], text_len: int) -> float:
-        """Multiply-adds x 2 of one forward pass of one sample."""
+    def flops(
+        self, latent_shape: Sequence[int], text_len: int, sparsity: float | None = None
+    ) -> float:
+        """Multiply-adds x 2 of one forward pass of one sample.
+
+        Args:
+            latent_shape: ``[..., T, H, W]``.
+            text_len: text tokens.
+            sparsity: of sparse attention; None: what its schedule ends at.
+        """
 
     @abstractmethod
     def num_parameters(self) -> int:

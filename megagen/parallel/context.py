@@ -11,7 +11,7 @@ and any token count is exact. Legend: S tokens, B batch, N heads, K head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from megagen.parallel.comm import all_to_all, gather_keys
 from megagen.parallel.dims import CPCommType
 from megagen.parallel.ring import ring_attention
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[..., Tensor]
+"""Whole queries, keys, values and what else travels with the queries -> output."""
 
 
 def context_attention(
@@ -36,6 +37,7 @@ def context_attention(
     a2a_group: ProcessGroup | None = None,
     ring_group: ProcessGroup | None = None,
     attend: Attend,
+    gate_SBNK: Tensor | None = None,
 ) -> Tensor:
     """Attention of this rank's tokens to all tokens.
 
@@ -48,16 +50,20 @@ def context_attention(
         comm_type: how they meet.
         a2a_group: for ``a2a+p2p``: consecutive ranks of ``group_cp`` that exchange heads.
         ring_group: for ``a2a+p2p``: the ranks with this rank's place in each ``a2a_group``.
-        attend: dense attention of whole tensors, (q, k, v) -> o, each ``[S, B, N, K]``.
+        attend: attention of whole tensors, (q, k, v) -> o, each ``[S, B, N, K]``; with a gate
+            (q, k, v, gate) -> o.
+        gate_SBNK: of the queries' tokens; goes where they go. For one rank and for ``a2a``.
 
     Returns:
         ``[S / cp, B, N, K]``. Rows of padding tokens are finite and otherwise meaningless.
     """
+    given = [q_SBNK, k_SBNK, v_SBNK, *([] if gate_SBNK is None else [gate_SBNK])]
     if group_cp.size() == 1:
-        return attend_to_valid(q_SBNK, k_SBNK, v_SBNK, num_tokens, attend)
+        return attend_to_valid(given, num_tokens, attend)
     if comm_type == "a2a":
-        q, k, v = to_heads(torch.stack([q_SBNK, k_SBNK, v_SBNK]), group_cp)
-        return to_tokens(attend_to_valid(q, k, v, num_tokens, attend), group_cp)
+        whole = to_heads(torch.stack(given), group_cp)
+        return to_tokens(attend_to_valid(whole.unbind(), num_tokens, attend), group_cp)
+    assert gate_SBNK is None, "gated attention works on whole sequences: a2a"
     if comm_type == "all_gather":
         k, v = gather_keys(torch.stack([k_SBNK, v_SBNK], dim=1), group_cp)[:num_tokens].unbind(1)
         return attend(q_SBNK, k, v)
@@ -68,12 +74,12 @@ def context_attention(
     return to_tokens(ring_attention(q, k, v, num_tokens, ring_group), a2a_group)
 
 
-def attend_to_valid(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, attend: Attend) -> Tensor:
+def attend_to_valid(given: Sequence[Tensor], num_tokens: int, attend: Attend) -> Tensor:
     """``attend`` on the first ``num_tokens`` of whole tensors; zeros in the padding rows."""
-    padding = q.shape[0] - num_tokens
+    padding = given[0].shape[0] - num_tokens
     if padding == 0:
-        return attend(q, k, v)
-    out = attend(q[:num_tokens], k[:num_tokens], v[:num_tokens])
+        return attend(*given)
+    out = attend(*(x[:num_tokens] for x in given))
     return functional.pad(out, (0, 0, 0, 0, 0, 0, 0, padding))
 
 

@@ -12,7 +12,8 @@ Memory = weights + gradients + optimizer states + EMA + activations, in bytes:
 * EMA 4;
 * activations: per token and layer ``18 D + 2 F`` numbers are kept without recomputation,
   ``12 D + F`` with selective (attention and MLP inside recomputed), ``D`` with full, where D is the
-  hidden and F the FFN size. TP divides the FFN and attention part, sequence parallelism the rest.
+  hidden and F the FFN size; with sparse attention D more (its gate). TP divides the FFN and
+  attention part, sequence parallelism the rest.
   A pipeline stage keeps as many micro-batches as there are stages after it, at most all of them;
 * caches of rollouts: keys and values of every token and layer, 2 D numbers, divided by TP, PP and
   the all-to-all of CP, of the micro-batches whose rollouts wait for their backward pass.
@@ -117,13 +118,14 @@ def _activation_numbers(plugin: ModelPlugin, load: Load) -> float:
     tokens = load.micro_batch_size * plugin.num_tokens(load.latent_shape) / dims.cp_size
     hidden, ffn = plugin.hidden_size, plugin.ffn_size
     outside = dims.tp_size if dims.sequence_parallel else 1
+    gate = hidden / dims.tp_size if plugin.vsa is not None else 0.0
+    layers = plugin.num_layers / dims.pp_size
+    one_layer = 10 * hidden / outside + (8 * hidden + 2 * ffn) / dims.tp_size + gate
     kept = {
-        "none": 10 * hidden / outside + 8 * hidden / dims.tp_size + 2 * ffn / dims.tp_size,
-        "selective": 8 * hidden / outside + 4 * hidden / dims.tp_size + ffn / dims.tp_size,
+        "none": one_layer,
+        "selective": 8 * hidden / outside + (4 * hidden + ffn) / dims.tp_size + gate,
         "full": hidden / outside,
     }[load.recompute]
-    layers = plugin.num_layers / dims.pp_size
-    one_layer = 10 * hidden / outside + (8 * hidden + 2 * ffn) / dims.tp_size
     if not load.trainable:
         return tokens * one_layer
     in_flight = min(dims.pp_size, load.num_micro_batches)

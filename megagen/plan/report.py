@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megagen.config.schema import RunConfig
+from megagen.core.vsa import VSAOptions
 from megagen.models.adapters import AdapterSpec, num_parameters
 from megagen.models.base import ModelPlugin, Passes
 from megagen.plan.estimate import GB, Load, memory, step_flops
@@ -86,6 +87,18 @@ def _trained(config: RunConfig, name: str, adapters: int | None) -> str:
     return text + (f", on the base weights of {sharers[0]}" if name in sharers[1:] else "")
 
 
+def _sparse(vsa: VSAOptions) -> str:
+    """How much of self-attention is left out, from when on."""
+    text = f"sparse self-attention, {vsa.at(None):.4g} of the tiles left out"
+    if vsa.decay_rate is None or vsa.decay_interval_steps is None:
+        return text
+    last = round(vsa.at(None) / vsa.decay_rate) * vsa.decay_interval_steps
+    return (
+        f"{text} from step {last} on; until then {vsa.decay_rate:.4g} more every "
+        f"{vsa.decay_interval_steps} steps (FLOPs are those of the end)"
+    )
+
+
 def _role(
     config: RunConfig,
     name: str,
@@ -136,4 +149,6 @@ def _role(
     tokens = plugin.num_tokens(latent_shape)
     work = step_flops(plugin, load, text_len) / 1e12
     lines.append(f"{'':<10} {tokens} tokens a sample, {work:.3f} TFLOP a step")
+    if plugin.vsa is not None:
+        lines.append(f"{'':<10} {_sparse(plugin.vsa)}")
     return lines, used.total / GB

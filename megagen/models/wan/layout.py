@@ -7,9 +7,13 @@ from typing import Any
 import torch
 
 from megagen.core import process
-from megagen.core.errors import ConfigError
+from megagen.core.errors import ConfigError, suggest
+from megagen.core.vsa import VSAOptions
+from megagen.kernels.vsa.dispatch import NAMES
 from megagen.models.wan.architecture import WanArchitecture
 from megagen.parallel.dims import ParallelDims
+
+KERNELS = ("auto", *NAMES)
 
 
 def check_layout(arch: WanArchitecture, dims: ParallelDims, where: str) -> None:
@@ -33,6 +37,30 @@ def check_layout(arch: WanArchitecture, dims: ParallelDims, where: str) -> None:
             where=f"{where}.{key}",
         )
     _check_stages(arch, dims, where)
+
+
+def check_sparse(vsa: VSAOptions, dims: ParallelDims, where: str, distributed: str) -> None:
+    """Raise ``ConfigError`` if tiles could not be chosen: a rank must hold all tokens of a head.
+
+    Args:
+        vsa: sparse attention.
+        dims: layout.
+        where: key path of the role.
+        distributed: key path of the layout.
+    """
+    if vsa.kernels not in KERNELS:
+        raise ConfigError(
+            f"unknown kernels {vsa.kernels!r};",
+            remedy=suggest(vsa.kernels, KERNELS),
+            where=f"{where}.attention.vsa.kernels",
+        )
+    if dims.cp_size > 1 and dims.cp_comm_type != "a2a":
+        raise ConfigError(
+            f"is {dims.cp_comm_type!r}, but sparse attention chooses among all tokens of a head, "
+            "which only a2a brings together.",
+            remedy="Set it to a2a, with a cp_size that divides the heads of a TP rank.",
+            where=f"{distributed}.cp_comm_type",
+        )
 
 
 def a2a_degree(dims: ParallelDims) -> int:

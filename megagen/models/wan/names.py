@@ -18,9 +18,18 @@ from megagen.models.wan.architecture import WanArchitecture
 
 Shape = tuple[int, ...]
 
+GATE = "to_gate_compress"
+"""A block's linear that gates the coarse branch of video sparse attention (FastVideo's name)."""
 
-def tensor_shapes(arch: WanArchitecture) -> dict[str, Shape]:
-    """Every tensor of ``WanTransformer3DModel`` with its shape, in diffusers' order."""
+
+def tensor_shapes(arch: WanArchitecture, *, has_gate: bool = False) -> dict[str, Shape]:
+    """Every tensor of ``WanTransformer3DModel`` with its shape, in diffusers' order.
+
+    Args:
+        arch: sizes.
+        has_gate: blocks have the gate of sparse attention, which diffusers does not know, under
+            FastVideo's name.
+    """
     hidden, out = arch.hidden_size, arch.out_channels * arch.patch_volume
     shapes: dict[str, Shape] = {"scale_shift_table": (1, 2, hidden)}
     shapes["patch_embedding.weight"] = (hidden, arch.in_channels, *arch.patch_size)
@@ -40,7 +49,10 @@ def tensor_shapes(arch: WanArchitecture) -> dict[str, Shape]:
         shapes |= _linear(f"{image}.ff.net.2", hidden, arch.image_dim)
         shapes |= _norm(f"{image}.norm2", hidden)
     for layer in range(arch.num_layers):
-        shapes |= _block_shapes(f"blocks.{layer}", arch)
+        block = f"blocks.{layer}"
+        shapes |= _block_shapes(block, arch)
+        if has_gate:
+            shapes |= _linear(f"{block}.{GATE}", hidden, hidden)
     return shapes | _linear("proj_out", out, hidden)
 
 
@@ -74,6 +86,7 @@ def _norm(name: str, size: int) -> dict[str, Shape]:
 # linear's bias (axis 1) is replicated.
 BLOCK_MODULES: dict[str, tuple[tuple[str, ...], int | None]] = {
     "attn1.linear_qkv": (("attn1.to_q", "attn1.to_k", "attn1.to_v"), 0),
+    "attn1.linear_gate": ((GATE,), 0),
     "attn1.linear_proj": (("attn1.to_out.0",), 1),
     "attn1.norm_q": (("attn1.norm_q",), 0),
     "attn1.norm_k": (("attn1.norm_k",), 0),
@@ -91,9 +104,10 @@ BLOCK_MODULES: dict[str, tuple[tuple[str, ...], int | None]] = {
 IMAGE_MODULES = {"linear_1": "ff.net.0.proj", "linear_2": "ff.net.2"}
 
 
-def weight_sources(chunk: nn.Module, arch: WanArchitecture) -> dict[str, WeightSource]:
+def weight_sources(
+    chunk: nn.Module, arch: WanArchitecture, shapes: dict[str, Shape]
+) -> dict[str, WeightSource]:
     """For each parameter of a chunk, adapters' apart: its source in the diffusers layout."""
-    shapes = tensor_shapes(arch)
     names = [name for name, _ in chunk.named_parameters() if not is_adapter(name)]
     return {name: weight_source(name, arch, shapes) for name in names}
 

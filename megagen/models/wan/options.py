@@ -11,6 +11,8 @@ from pydantic import Field
 
 from megagen.core.errors import CheckpointError, ConfigError, suggest
 from megagen.core.options import StrictOptions, parse_options
+from megagen.core.vsa import CONFIG_KEY as VSA_KEY
+from megagen.core.vsa import VSAOptions
 from megagen.models.hub import component_directory, read_json
 from megagen.models.wan.architecture import (
     LATENT_CONSTANTS,
@@ -35,6 +37,8 @@ class WanOptions(StrictOptions):
         flow_shift: timestep shift; default from the preset or the scheduler's config, else 3.
         expand_timesteps: a given first frame enters as tokens at timestep 0 (TI2V-5B); default from
             the preset or ``model_index.json``.
+        vsa: sparse self-attention; it is given as ``attention.vsa``, and otherwise what
+            ``init_from`` was trained with.
     """
 
     architecture: dict[str, Any] | str | None = None
@@ -44,6 +48,17 @@ class WanOptions(StrictOptions):
     boundary_ratio: float | None = Field(None, gt=0, lt=1)
     flow_shift: float | None = Field(None, gt=0)
     expand_timesteps: bool | None = None
+    vsa: dict[str, Any] | None = None
+
+    def sparse_attention(self, directory: Path | None, where: str) -> VSAOptions | None:
+        """What is given, else what ``directory``'s ``config.json`` says; None: dense attention."""
+        if self.vsa is not None:
+            return parse_options(VSAOptions, self.vsa, f"{where}.attention.vsa")
+        file = directory / "config.json" if directory is not None else None
+        if file is None or not file.is_file():
+            return None
+        found = read_json(file).get(VSA_KEY)
+        return None if found is None else parse_options(VSAOptions, found, f"{file}: {VSA_KEY}")
 
 
 @dataclass(frozen=True)

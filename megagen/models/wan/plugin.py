@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from megagen.core.errors import DataError
+from megagen.core.vsa import CONFIG_KEY as VSA_KEY
 from megagen.layers.patch import token_grid
+from megagen.layers.sparse import scored_pairs
 from megagen.models.base import ModelPlugin, Request, WeightSource
 from megagen.models.wan import names
-from megagen.models.wan.layout import check_layout
+from megagen.models.wan.layout import check_layout, check_sparse
 from megagen.models.wan.options import WanOptions, find_directory, resolve_options
 from megagen.parallel.dims import ParallelDims
 
@@ -53,11 +55,14 @@ class WanModel(ModelPlugin):
         self.in_channels = self.out_channels = arch.out_channels
         self._mean = _constant(resolved.latents_mean, arch.out_channels, 0.0)
         self._std = _constant(resolved.latents_std, arch.out_channels, 1.0)
+        self.vsa = options.sparse_attention(find_directory(options, ["config.json"], where), where)
 
     # -- shape ---------------------------------------------------------------------------------
     def check(self, dims: ParallelDims, where: str) -> None:
         """Heads and FFN by ``tp_size``, heads also by the all-to-all of CP; layers by stages."""
         check_layout(self.arch, dims, where)
+        if self.vsa is not None:
+            check_sparse(self.vsa, dims, self.where, where)
 
     def transformer_config(
         self,
@@ -114,6 +119,7 @@ class WanModel(ModelPlugin):
             post_process=post_process,
             vp_stage=vp_stage,
             attention_backend=attention_backend,
+            vsa=self.vsa,
         )
 
     def token_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
@@ -133,11 +139,15 @@ class WanModel(ModelPlugin):
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return names.tensor_shapes(self.arch)
+        return names.tensor_shapes(self.arch, has_gate=self.vsa is not None)
+
+    def may_start_at_zero(self, name: str) -> bool:
+        """The gates of sparse attention, in weights that were trained without it."""
+        return names.GATE in name
 
     def weights(self, chunk: nn.Module) -> dict[str, WeightSource]:
         """Sources of a chunk's parameters."""
-        return names.weight_sources(chunk, self.arch)
+        return names.weight_sources(chunk, self.arch, self.tensor_shapes())
 
     def weight_source(self, name: str) -> WeightSource:
         """Source of one parameter, by its name."""
@@ -156,17 +166,19 @@ class WanModel(ModelPlugin):
             "boundary_ratio": self.boundary_ratio,
             "flow_shift": self.flow_shift,
             "expand_timesteps": self.expand_timesteps,
+            "vsa": None if self.vsa is None else self.vsa.model_dump(mode="json"),
         }
 
     def diffusers_config(self) -> dict[str, Any]:
-        """``config.json`` of a ``WanTransformer3DModel``."""
-        return {"_class_name": "WanTransformer3DModel", **self.arch.diffusers_config()}
+        """``config.json`` of a ``WanTransformer3DModel``, with what makes its attention sparse."""
+        own = {} if self.vsa is None else {VSA_KEY: self.vsa.model_dump(mode="json")}
+        return {"_class_name": "WanTransformer3DModel", **self.arch.diffusers_config(), **own}
 
     def initial_tensor(self, name: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """diffusers' rules: torch's defaults for linears, ones and zeros, ``randn / sqrt(D)``."""
         if name.endswith("scale_shift_table"):
             return torch.randn(tuple(shape), generator=generator) / shape[-1] ** 0.5
-        if name.endswith("pos_embed"):
+        if name.endswith("pos_embed") or self.may_start_at_zero(name):
             return torch.zeros(tuple(shape))
         module, _, kind = name.rpartition(".")
         if "norm" in module.rpartition(".")[2]:
@@ -213,15 +225,20 @@ class WanModel(ModelPlugin):
         return (boundary, 1000.0) if self.options.expert == "high" else (0.0, boundary)
 
     # -- figures -------------------------------------------------------------------------------
-    def flops(self, latent_shape: Sequence[int], text_len: int) -> float:
+    def flops(
+        self, latent_shape: Sequence[int], text_len: int, sparsity: float | None = None
+    ) -> float:
         """2 x multiply-adds of one forward pass of one sample with one timestep."""
         arch, tokens = self.arch, self.num_tokens(latent_shape)
         hidden, ffn = arch.hidden_size, arch.ffn_dim
         has_image = arch.image_dim is not None
         image = (arch.pos_embed_seq_len or IMAGE_TOKENS) if has_image else 0
-        block = tokens * hidden * (6 * hidden + 2 * ffn)  # q k v o, cross q o, feed-forward
+        block: float = tokens * hidden * (6 * hidden + 2 * ffn)  # q k v o, cross q o, feed-forward
         block += 2 * (text_len + image) * hidden * hidden  # cross k v
-        block += 2 * tokens * (tokens + text_len + image) * hidden  # scores and their use
+        block += 2 * tokens * (text_len + image) * hidden  # its scores and their use
+        block += 2 * self.scored_pairs(latent_shape, sparsity) * hidden
+        if self.vsa is not None:
+            block += tokens * hidden * hidden  # gate
         channels = arch.in_channels + arch.out_channels
         outside = tokens * channels * arch.patch_volume * hidden
         outside += hidden * (arch.freq_dim + 7 * hidden)
@@ -229,6 +246,11 @@ class WanModel(ModelPlugin):
         if arch.image_dim is not None:
             outside += image * arch.image_dim * (arch.image_dim + hidden)
         return 2.0 * (arch.num_layers * block + outside)
+
+    def scored_pairs(self, latent_shape: Sequence[int], sparsity: float | None) -> float:
+        """Pairs of query and key that self-attention scores in a head; S^2 where it is dense."""
+        frames, *frame = self.token_grid(latent_shape)
+        return scored_pairs(self.vsa, sparsity, [frames], [frames], (frame[0], frame[1]))
 
     def num_parameters(self) -> int:
         """Parameters of the whole network."""

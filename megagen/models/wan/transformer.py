@@ -12,6 +12,7 @@ timestep rows, K head dim.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from megagen import kernels
 from megagen.core.errors import DataError
+from megagen.core.vsa import VSAOptions
 from megagen.layers.adaln import ModulationTable, token_rows
 from megagen.layers.attention import CrossAttention, SelfAttention
 from megagen.layers.checkpointing import sharded_parameters
@@ -84,13 +86,14 @@ class WanBlock(nn.Module):
         pg: Any,
         *,
         backend: str,
+        vsa: VSAOptions | None = None,
         attention: Callable[..., SelfAttention] = SelfAttention,
     ) -> None:
         super().__init__()
         sharded = config.sequence_parallel
         size, self.eps = arch.hidden_size, arch.eps
         self.scale_shift_table = ModulationTable(6, size, sequence_parallel=sharded)
-        self.attn1 = attention(config, pg, backend=backend, eps=arch.eps)
+        self.attn1 = attention(config, pg, backend=backend, eps=arch.eps, vsa=vsa)
         self.attn2 = CrossAttention(
             config, pg, backend=backend, eps=arch.eps, has_image=arch.added_kv_proj_dim is not None
         )
@@ -132,6 +135,7 @@ class WanTransformer(MegatronModule):
         post_process: holds the head.
         vp_stage: virtual stage; None: one chunk a stage.
         attention_backend: of ``core_attention``.
+        vsa: sparse self-attention; None: dense.
     """
 
     def __init__(
@@ -145,9 +149,10 @@ class WanTransformer(MegatronModule):
         post_process: bool,
         vp_stage: int | None,
         attention_backend: str,
+        vsa: VSAOptions | None = None,
     ) -> None:
         super().__init__(config)
-        self.arch, self.pg, self.vp_stage = arch, pg, vp_stage
+        self.arch, self.pg, self.vp_stage, self.vsa = arch, pg, vp_stage, vsa
         self.pre_process, self.post_process = pre_process, post_process
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
@@ -176,7 +181,7 @@ class WanTransformer(MegatronModule):
 
     def make_block(self, layer: int, attention_backend: str) -> WanBlock:
         """Block ``layer``, uninitialised."""
-        return WanBlock(self.config, self.arch, self.pg, backend=attention_backend)
+        return WanBlock(self.config, self.arch, self.pg, backend=attention_backend, vsa=self.vsa)
 
     def set_input_tensor(self, tensor: Any) -> None:
         """Hidden states of the stage before (Megatron wraps them in a list)."""
@@ -216,11 +221,13 @@ class WanTransformer(MegatronModule):
         """The tokens of this rank."""
         cp, tp = self.pg.cp, self.pg.tp
         sp_size, sp_rank = (tp.size(), tp.rank()) if self.is_sequence_parallel else (1, 0)
-        return TokenShard(grid[0] * grid[1] * grid[2], cp.size(), cp.rank(), sp_size, sp_rank)
+        return TokenShard(
+            grid[0] * grid[1] * grid[2], cp.size(), cp.rank(), sp_size, sp_rank, grid=grid
+        )
 
     def request_shard(self, request: Request, grid: tuple[int, int, int]) -> TokenShard:
         """The request's tokens of this rank."""
-        return self.shard(grid)
+        return dataclasses.replace(self.shard(grid), sparsity=request.sparsity)
 
     def rotation(
         self, grid: tuple[int, int, int], shard: TokenShard, device: torch.device

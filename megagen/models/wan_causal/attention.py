@@ -3,14 +3,17 @@
 Each block's queries meet exactly the keys they may see: slices of the whole sequence's keys, the
 cached ones before. No mask exists, so its memory and the masked half of the work do not either, and
 any dense backend serves (a boolean mask ``[S, S]`` would rule flash kernels out; at 32,760 tokens
-it takes 1 GiB). Under ``a2a`` each rank has the whole sequence for its heads, under ``all_gather``
-its own queries and all keys; a ring would have to pass keys that most queries must not see.
+it takes 1 GiB). Sparse attention chooses among the tiles of those keys, which cross no border of
+blocks: they are the same whether the keys come from the sequence or from the cache. Under ``a2a``
+each rank has the whole sequence for its heads, under ``all_gather`` its own queries and all keys; a
+ring would have to pass keys that most queries must not see.
 
 Legend: S tokens, B batch, N heads, K head dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -58,23 +61,29 @@ class CausalSelfAttention(SelfAttention):
         super().__init__(*args, **kwargs)
         self.layer = layer
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, shard: TokenShard, attend: Attend) -> Tensor:
+    def _whole(self, shard: TokenShard) -> Attend:
         assert isinstance(shard, CausalShard)
         has_own_rows = self.comm_type == "all_gather" and shard.cp_size > 1
         rows = shard.context if has_own_rows else range(shard.num_tokens)
-        blocks = partial(attend_blocks, shard=shard, layer=self.layer, rows=rows, attend=attend)
-        return super()._mix(q, k, v, shard, blocks)
+
+        def attend_for(view: BlockView) -> Attend:
+            return self._between([len(view.queries)], view.key_runs, shard)
+
+        return partial(
+            attend_blocks, shard=shard, layer=self.layer, rows=rows, attend_for=attend_for
+        )
 
 
 def attend_blocks(
     q_SBNK: Tensor,
     k_SBNK: Tensor,
     v_SBNK: Tensor,
+    gate_SBNK: Tensor | None = None,
     *,
     shard: CausalShard,
     layer: int,
     rows: range,
-    attend: Attend,
+    attend_for: Callable[[BlockView], Attend],
 ) -> Tensor:
     """Each block's queries attend to what they see.
 
@@ -82,10 +91,11 @@ def attend_blocks(
         q_SBNK: queries of the request's tokens ``rows``; those past the end are padding.
         k_SBNK: keys of all tokens of the request, rotated to their frames.
         v_SBNK: values of all tokens of the request.
+        gate_SBNK: of the queries, for sparse attention.
         shard: what blocks see, and the cached keys and values.
         layer: whose.
         rows: see ``q_SBNK``.
-        attend: dense attention.
+        attend_for: what attends from a block's queries to the keys that it sees.
 
     Returns:
         ``[len(rows), B, N, K]``; rows of padding are finite and otherwise meaningless.
@@ -102,11 +112,15 @@ def attend_blocks(
         first = max(view.queries.start * size, rows.start)
         last = min(view.queries.stop * size, rows.stop)
         if first < last:
-            queries = q_SBNK[first - rows.start : last - rows.start]
+            own = slice(first - rows.start, last - rows.start)
             keys = _seen(k_SBNK, view.keys, shard, is_rotated=True)
-            found.append(attend(queries, keys, _seen(v_SBNK, view.keys, shard)))
+            gate = () if gate_SBNK is None else (gate_SBNK[own],)
+            values = _seen(v_SBNK, view.keys, shard)
+            found.append(attend_for(view)(q_SBNK[own], keys, values, *gate))
     num_missing = q_SBNK.size(0) - sum(part.size(0) for part in found)
     if num_missing:  # padding; through attention, so that every rank's backward takes part
+        assert gate_SBNK is None, "padding is dropped before sparse attention"
+        attend = attend_for(shard.views[0])
         found.append(attend(q_SBNK[-num_missing:], k_SBNK[:1], v_SBNK[:1]))
     return found[0] if len(found) == 1 else torch.cat(found)
 

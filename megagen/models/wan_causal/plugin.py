@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megagen.core.errors import ConfigError, DataError
+from megagen.layers.sparse import scored_pairs
 from megagen.models.base import Request
 from megagen.models.cache import CachedBlock, KVCache
 from megagen.models.wan.options import find_directory
@@ -64,19 +65,20 @@ class WanCausalModel(WanModel):
         """One pipeline chunk; its weights are not initialised."""
         from megagen.models.wan_causal.transformer import CausalWanTransformer
 
-        return CausalWanTransformer(config, self.arch, pg, window=self.window, **given)
+        return CausalWanTransformer(
+            config, self.arch, pg, window=self.window, vsa=self.vsa, **given
+        )
 
     def blocks(self, num_frames: int, start: int = 0) -> list[range]:
         """Frames ``start`` to ``start + num_frames`` cut into blocks, the last maybe shorter."""
         return self.window.blocks(num_frames, start)
 
-    def flops(self, latent_shape: Sequence[int], text_len: int) -> float:
-        """2 x multiply-adds of one forward pass of a whole video, all blocks at once."""
-        frames, tokens = latent_shape[-3], self.num_tokens(latent_shape)
-        seen = sum(len(view.queries) * view.num_keys for view in self.window.views(frames))
-        unseen = tokens * tokens * (1.0 - seen / frames**2)
-        return super().flops(latent_shape, text_len) - 4.0 * self.num_layers * unseen * (
-            self.hidden_size
+    def scored_pairs(self, latent_shape: Sequence[int], sparsity: float | None) -> float:
+        """Of a whole video, all blocks at once, what each block sees."""
+        frames, rows, columns = self.token_grid(latent_shape)
+        return sum(
+            scored_pairs(self.vsa, sparsity, [len(v.queries)], v.key_runs, (rows, columns))
+            for v in self.window.views(frames)
         )
 
     # -- weights -------------------------------------------------------------------------------

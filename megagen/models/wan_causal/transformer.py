@@ -35,7 +35,12 @@ class CausalWanTransformer(WanTransformer):
         """Block ``layer``, uninitialised."""
         attention = partial(CausalSelfAttention, layer=layer)
         return WanBlock(
-            self.config, self.arch, self.pg, backend=attention_backend, attention=attention
+            self.config,
+            self.arch,
+            self.pg,
+            backend=attention_backend,
+            vsa=self.vsa,
+            attention=attention,
         )
 
     def request_shard(self, request: Request, grid: tuple[int, int, int]) -> TokenShard:
@@ -53,7 +58,7 @@ class CausalWanTransformer(WanTransformer):
         frames = grid[0] // 2 if has_clean else grid[0]
         start = cache.next_frame
         return CausalShard(
-            **dataclasses.asdict(self.shard(grid)),
+            **dataclasses.asdict(super().request_shard(request, grid)),
             views=self.window.views(frames, cache.frames, start, has_clean=has_clean),
             cache=cache,
             frame_tokens=grid[1] * grid[2],

@@ -33,10 +33,12 @@ class BlockView:
     Args:
         queries: places among the request's own frames.
         keys: in the order of the timeline.
+        key_runs: of these, frames in a row that were made together.
     """
 
     queries: range
     keys: tuple[KeyRange, ...]
+    key_runs: tuple[int, ...]
 
     @property
     def num_keys(self) -> int:
@@ -117,7 +119,20 @@ class Window:
         ]
         seen += [(offset + frame, 0) for frame in block]
         queries = range(first_query, first_query + len(block))
-        return BlockView(queries, tuple(_runs(seen)))
+        past = [f for f in context if f < block.start and self.sees(end, f)]
+        runs = [*self._made_together(past), len(block)]
+        return BlockView(queries, tuple(_runs(seen)), tuple(runs))
+
+    def _made_together(self, frames: Sequence[int]) -> list[int]:
+        """Lengths of the runs of consecutive frames of one block."""
+        first = int(self.independent_first_frame)
+
+        def block(place_frame: tuple[int, int]) -> tuple[int, int]:
+            place, frame = place_frame
+            own = (frame - first) // self.num_frames_per_block  # the lone first frame: -1
+            return own, frame - place
+
+        return [len(list(run)) for _, run in itertools.groupby(enumerate(frames), key=block)]
 
     def _recent(self, end: int) -> int:
         """First frame of the window's moving part for a block that ends before ``end``."""
