@@ -19,7 +19,7 @@ def demo_causal(
     num_samples: Annotated[int, typer.Option(min=20, help="Clips of each row to judge.")] = 1000,
     num_train: Annotated[int, typer.Option(min=40, help="Training clips.")] = 2874,
     num_held_out: Annotated[int, typer.Option(min=100, help="Held-out clips.")] = 1440,
-    num_paths: Annotated[int, typer.Option(min=1, help="Teacher's paths of kd.")] = 320,
+    num_paths: Annotated[int, typer.Option(min=20, help="Teacher's paths of kd.")] = 320,
     forcing_steps: Annotated[int | None, typer.Option(min=1, help="Default: the config's.")] = None,
     kd_steps: Annotated[int | None, typer.Option(min=1, help="Default: the config's.")] = None,
     self_forcing_steps: Annotated[

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,16 @@ from megagen.demo import digits, processes
 from megagen.demo.digits import Clips
 from megagen.demo.distil import Phase, export, steps_of, write_prompts
 from megagen.demo.report import DemoResult
-from megagen.demo.rows import Checkpoint, Row, load, on_known, teacher_way, timed
+from megagen.demo.rows import (
+    Checkpoint,
+    Row,
+    load,
+    load_run,
+    on_known,
+    path_ends,
+    teacher_way,
+    timed,
+)
 from megagen.demo.run import GRID, TEXT_ENCODER, DemoOptions, Phases, figures, make_data
 from megagen.demo.training import checkpoints, read_losses, train
 from megagen.demo.words import FIGURES, Words
@@ -152,24 +161,13 @@ def make_causal(options: CausalOptions, teacher: Path, out: Path, phase: Phase) 
             **steps_of(options.self_forcing_steps, parts=4),
         }
         train(options.self_forcing, out / "self_forcing", options.num_ranks, own)
-        export(out / "self_forcing", out / "student", teacher)
-        say_how(out / "student")
-
-
-def say_how(student: Path) -> None:
-    """Its ``sampling.json`` says how it is streamed: ``megagen sample --stream`` needs no more."""
-    from megagen.sampling.source import read_spec, write_spec
-
-    spec = read_spec(student)
-    assert spec is not None
-    way = {"t_list": list(CAUSAL_STEPS[4]), "sampler": "sde", "guidance_scale": 1.0}
-    write_spec(student, spec.model_copy(update=way))
+        export(out / "self_forcing", out / "student", teacher, CAUSAL_STEPS[4])
 
 
 # -- sampling --------------------------------------------------------------------------------------
-def streamed_way(steps: int, seed: int) -> dict[str, Any]:
+def streamed_way(t_list: Sequence[float], seed: int) -> dict[str, Any]:
     """How the causal student is sampled: block by block, fresh noise at each step, no guidance."""
-    stream = {"t_list": list(CAUSAL_STEPS[steps]), "sample_type": "sde"}
+    stream = {"t_list": list(t_list), "sample_type": "sde"}
     return {"stream": stream, "guidance_scale": 1.0, "seed": seed}
 
 
@@ -177,37 +175,36 @@ def sample(
     options: DemoOptions, causal: CausalOptions, asked: Clips
 ) -> tuple[dict[str, Row], list[Checkpoint]]:
     """The student's rows and the teacher's, and the student on its way. Collective."""
-    seed, known = options.seed, clip_sets.asked(max(20, len(asked) // 2), "train")
-    rows, further = {}, {}
+    seed, rows, further = options.seed, {}, {}
     pipeline = load(options.out / "student")
-    for count in CAUSAL_STEPS:
-        title = f"causal student, {count} steps"
-        rows[title] = timed(pipeline, asked, streamed_way(count, seed))
-        further[on_known(title)] = timed(pipeline, known, streamed_way(count, seed))
+    for count, t_list in CAUSAL_STEPS.items():
+        rows[f"causal student, {count} steps"] = timed(pipeline, asked, streamed_way(t_list, seed))
+    known = path_ends(options.out / "paths", pipeline)
+    count, t_list = next(iter(CAUSAL_STEPS.items()))
+    further[on_known(f"causal student, {count} steps")] = timed(
+        pipeline, known, streamed_way(t_list, seed)
+    )
+    further[on_known(f"teacher, {options.teacher_steps[0]} steps")] = Row(known, None)
     pipeline = load(options.teacher)
     for count in options.teacher_steps:
-        title, way = f"teacher, {count} steps", teacher_way(count, causal.guidance_scale, seed)
-        rows[title] = timed(pipeline, asked, way)
-        if count == options.teacher_steps[0]:
-            further[on_known(title)] = timed(pipeline, known, way)
-    return rows | further, sample_progress(options, asked)
+        way = teacher_way(count, causal.guidance_scale, seed)
+        rows[f"teacher, {count} steps"] = timed(pipeline, asked, way)
+    return rows | further, sample_progress(options, asked, rows)
 
 
-def sample_progress(options: DemoOptions, asked: Clips) -> list[Checkpoint]:
-    """The student after knowledge distillation and at checkpoints of self-forcing. Collective."""
-    from megagen.parallel.dims import ParallelDims
-    from megagen.sampling.source import build_pipeline, from_run
-
-    found = []
-    for run in RUNS[1:]:
-        for step in checkpoints(options.out / run):
-            pipeline = build_pipeline(from_run(options.out / run, step), ParallelDims())
-            ways = {
-                count: clip_sets.sample(pipeline, asked, **streamed_way(count, options.seed))
-                for count in CAUSAL_STEPS
-            }
-            found.append((run, step, ways))
-    return found
+def sample_progress(
+    options: DemoOptions, asked: Clips, rows: Mapping[str, Row]
+) -> list[Checkpoint]:
+    """The student from knowledge distillation on; at its last checkpoint it made the rows."""
+    out, found = options.out, []
+    points = [(run, step) for run in RUNS[1:] for step in checkpoints(out / run)]
+    for run, step in points[:-1]:
+        pipeline = load_run(out / run, step)
+        ways = {n: streamed_way(t_list, options.seed) for n, t_list in CAUSAL_STEPS.items()}
+        drawn = {n: clip_sets.sample(pipeline, asked, **way) for n, way in ways.items()}
+        found.append((run, step, drawn))
+    last = {n: rows[f"causal student, {n} steps"].clips for n in CAUSAL_STEPS}
+    return [*found, (*points[-1], last)]
 
 
 # -- one clip at a time ----------------------------------------------------------------------------
@@ -217,8 +214,8 @@ def stream_figures(
     """Seconds a clip, frames a second and seconds to the first frame, medians over single clips."""
     captions, found = asked.captions[:_TIMED_CLIPS], {}
     pipeline = load(options.out / "student")
-    for count in CAUSAL_STEPS:
-        times = [_streamed(pipeline, text, count) for text in captions]
+    for count, t_list in CAUSAL_STEPS.items():
+        times = [_streamed(pipeline, text, t_list) for text in captions]
         found[f"causal student, {count} steps"] = _medians(times)
     pipeline = load(options.teacher)
     for count in options.teacher_steps:
@@ -228,12 +225,14 @@ def stream_figures(
     return found
 
 
-def _streamed(pipeline: VideoPipeline, caption: str, steps: int) -> tuple[float, float]:
+def _streamed(
+    pipeline: VideoPipeline, caption: str, t_list: Sequence[float]
+) -> tuple[float, float]:
     """Seconds to the first frame and to the last."""
     from megagen.core.options import parse_options
     from megagen.sampling.pipeline import SamplingOptions
 
-    options = parse_options(SamplingOptions, _size() | streamed_way(steps, seed=0), "demo")
+    options = parse_options(SamplingOptions, _size() | streamed_way(t_list, seed=0), "demo")
     seconds = [piece.seconds for piece in pipeline.stream([caption], options)]
     return seconds[0], seconds[-1]
 

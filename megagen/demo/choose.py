@@ -1,22 +1,25 @@
 """Timesteps for sampling the demo's student, chosen without a look at what it is judged by.
 
     python -m megagen.demo.choose --out runs/demo
+    python -m megagen.demo.choose --out runs/demo-causal --stream
 
 Lists of timesteps are compared on captions of the training, with noise that no other part of the
-demo uses, against training clips. ``rows.STUDENT_STEPS`` holds the best of each length.
+demo uses, against training clips. ``rows.STUDENT_STEPS`` holds the best of each length, and
+``causal.CAUSAL_STEPS`` that of the causal student.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from megagen.core.streams import Streams
 from megagen.demo import clips as clip_sets
 from megagen.demo import processes
+from megagen.demo.causal import streamed_way
 from megagen.demo.digits import Clips
 from megagen.demo.judge import Verdict, train_judge
 from megagen.demo.rows import load, student_way
@@ -38,12 +41,16 @@ CANDIDATES: tuple[tuple[float, ...], ...] = (
 """Timesteps, without the final 0."""
 _SEED = 1000
 
+Way = Callable[[Sequence[float], int], dict[str, Any]]
+"""(timesteps and a final 0, seed) -> keys of ``SamplingOptions``."""
+
 
 def compare(
     student: Path,
     data: Path,
     candidates: Sequence[Sequence[float]] = CANDIDATES,
     *,
+    way: Way = student_way,
     num_samples: int = 1000,
     seed: int = _SEED,
     judge_epochs: int = 24,
@@ -55,6 +62,7 @@ def compare(
         student: diffusers directory.
         data: dataset of training clips.
         candidates: lists of timesteps, without the final 0.
+        way: how it is sampled.
         num_samples: clips of each list.
         seed: of the noise, another than the demo's.
         judge_epochs: of the classifier.
@@ -63,7 +71,7 @@ def compare(
     count = num_processes or processes.available()
     lists = [tuple(float(t) for t in steps) for steps in candidates]
     asked = clip_sets.asked(num_samples, "train")
-    drawn = processes.together(count, _sample, student, asked, lists, seed)
+    drawn = processes.together(count, _sample, student, asked, lists, way, seed)
     judge = train_judge(
         Streams(seed), reference=clip_sets.from_dataset(data), num_epochs=judge_epochs
     )
@@ -81,12 +89,10 @@ def best(found: dict[tuple[float, ...], Verdict]) -> dict[int, tuple[float, ...]
 
 
 def _sample(
-    student: Path, asked: Clips, lists: Sequence[tuple[float, ...]], seed: int
+    student: Path, asked: Clips, lists: Sequence[tuple[float, ...]], way: Way, seed: int
 ) -> list[Clips]:
     pipeline = load(student)
-    return [
-        clip_sets.sample(pipeline, asked, **student_way((*steps, 0.0), seed)) for steps in lists
-    ]
+    return [clip_sets.sample(pipeline, asked, **way((*steps, 0.0), seed)) for steps in lists]
 
 
 def main(
@@ -94,13 +100,19 @@ def main(
     num_samples: Annotated[int, typer.Option(min=20, help="Clips of each list.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = _SEED,
     judge_epochs: Annotated[int, typer.Option(min=1, help="Of the digit classifier.")] = 24,
+    stream: Annotated[bool, typer.Option(help="Of a causal student.")] = False,
 ) -> None:
     """Compare lists of timesteps on captions and clips of the training, and print a table."""
     from rich.console import Console
     from rich.table import Table
 
     found = compare(
-        out / "student", out / "data", num_samples=num_samples, seed=seed, judge_epochs=judge_epochs
+        out / "student",
+        out / "data",
+        way=streamed_way if stream else student_way,
+        num_samples=num_samples,
+        seed=seed,
+        judge_epochs=judge_epochs,
     )
     table = Table(title="Captions and clips of the training", title_justify="left")
     for column in ("timesteps", "Frechet distance", "diversity", "digit", "direction"):

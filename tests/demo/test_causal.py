@@ -36,7 +36,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``megagen demo-causal`` with few clips and steps."""
     folder = tmp_path_factory.mktemp("causal")
     command = ["demo-causal", "--out", str(folder), "--nproc", "1", "--num-samples", "20"]
-    command += ["--num-train", "100", "--num-held-out", "100", "--num-paths", "8"]
+    command += ["--num-train", "100", "--num-held-out", "100", "--num-paths", "20"]
     command += ["--forcing-steps", "3", "--kd-steps", "3", "--self-forcing-steps", "4"]
     printed = run(*command, "--judge-epochs", "2")
     assert "digit accuracy" in printed and "frames a second" in printed
