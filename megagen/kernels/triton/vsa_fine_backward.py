@@ -25,19 +25,19 @@ from megagen.kernels.triton.vsa_launch import BLOCK, Config, on_device_of, sourc
 
 @triton.jit
 def fine_delta_kernel(o, do, lse, dlse, lse2, delta, q_sizes, num_q, D: tl.constexpr):
-    """Program (query block, head): delta, and lse in base 2; 0 where nothing was attended to."""
+    """Program (query block, head): delta, and lse in base 2; 0 and inf where nothing is seen."""
     block = tl.program_id(0)
     row = (tl.program_id(1).to(tl.int64) * num_q + block) * 64
     slots = tl.arange(0, 64)
     natural = tl.load(lse + row + slots)
-    attends = (slots < tl.load(q_sizes + block)) & (natural > float("-inf"))
+    sees = (slots < tl.load(q_sizes + block)) & (natural > float("-inf"))
     product = load_block(o, row, D, False).to(tl.float32)
     product *= load_block(do, row, D, False).to(tl.float32)
     found = tl.sum(product, 1)
     if dlse is not None:
         found -= tl.load(dlse + row + slots).to(tl.float32)
-    tl.store(delta + row + slots, tl.where(attends, found, 0.0))
-    tl.store(lse2 + row + slots, tl.where(attends, natural * 1.4426950408889634, 0.0))
+    tl.store(delta + row + slots, tl.where(sees, found, 0.0))
+    tl.store(lse2 + row + slots, tl.where(sees, natural * 1.4426950408889634, float("inf")))
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megagen.kernels.vsa.index import Lists
+from megagen.kernels.vsa.layout import BLOCK
 
 _HEAD_DIMS = (64, 128)
 _OLDEST = (8, 0)
@@ -84,3 +85,78 @@ def transpose_index(
     from megagen.kernels.triton import vsa_index
 
     return vsa_index.transpose_index(idx_BHqM, num_BHq, num_key_blocks)
+
+
+def block_mean(x_BHPD: Tensor, sizes_n: Tensor) -> Tensor:
+    """See ``reference.block_mean``."""
+    from megagen.kernels.triton import vsa_coarse
+
+    return vsa_coarse.block_mean(x_BHPD, sizes_n)
+
+
+def select_topk(scores_BHqk: Tensor, sizes_k: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See ``reference.select_topk``."""
+    from megagen.kernels.triton import vsa_select
+
+    return vsa_select.select_topk(scores_BHqk, sizes_k, k)
+
+
+def coarse_forward(
+    qm_BHqD: Tensor,
+    km_BHkD: Tensor,
+    vm_BHkD: Tensor,
+    sizes_k: Tensor,
+    k: int,
+    scale: float,
+    score_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``reference.coarse_forward``; one kernel."""
+    from megagen.kernels.triton import vsa_coarse
+
+    return vsa_coarse.coarse_forward(qm_BHqD, km_BHkD, vm_BHkD, sizes_k, k, scale, score_dtype)
+
+
+def coarse_backward(
+    doc_BHqD: Tensor,
+    qm_BHqD: Tensor,
+    km_BHkD: Tensor,
+    vm_BHkD: Tensor,
+    oc_BHqD: Tensor,
+    lse_BHq: Tensor,
+    sizes_k: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.coarse_backward``.
+
+    Means are tokens of a small dense attention: the fine stage's kernels with every block listed do
+    it, once means of blocks that have tokens stand first. Nothing is read back by the host.
+    """
+    num_q, num_k = qm_BHqD.shape[2], km_BHkD.shape[2]
+    has_tokens = sizes_k > 0
+    order = torch.argsort(~has_tokens, stable=True)
+    km, vm = (_padded(x.index_select(2, order)) for x in (km_BHkD, vm_BHkD))
+    qm, oc, doc = (_padded(x) for x in (qm_BHqD, oc_BHqD, doc_BHqD))
+    lse = torch.nn.functional.pad(lse_BHq, (0, qm.shape[2] - num_q), value=-torch.inf)
+    lists = _everything(qm, km, has_tokens.sum())
+    dq, dk, dv = fine_backward(doc, None, qm, km, vm, oc, lse, lists, scale)
+    back = torch.argsort(order)
+    dkm, dvm = (x[:, :, :num_k].index_select(2, back) for x in (dk, dv))
+    return dq[:, :, :num_q].contiguous(), dkm, dvm
+
+
+def _padded(x_BHnD: Tensor) -> Tensor:
+    """Zeros up to whole blocks of 64 rows."""
+    missing = -x_BHnD.shape[2] % BLOCK
+    return torch.nn.functional.pad(x_BHnD, (0, 0, 0, missing)).contiguous()
+
+
+def _everything(q_BHQD: Tensor, k_BHKD: Tensor, num_keys: Tensor) -> Lists:
+    """Lists of every block, of which the first ``num_keys`` slots hold keys."""
+    B, H, slots, _ = q_BHQD.shape
+    num_q, num_k = slots // BLOCK, k_BHKD.shape[2] // BLOCK
+    blocks = torch.arange(num_k, dtype=torch.int32, device=k_BHKD.device)
+    idx = blocks.expand(B, H, num_q, num_k).contiguous()
+    num = torch.full((B, H, num_q), num_k, dtype=torch.int32, device=idx.device)
+    q_sizes = torch.full((num_q,), BLOCK, dtype=torch.int32, device=idx.device)
+    kv_sizes = (num_keys - BLOCK * blocks).clamp(0, BLOCK).int()
+    return Lists(idx, num, q_sizes, kv_sizes)
