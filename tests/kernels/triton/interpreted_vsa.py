@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagen.kernels import BlockIndex
-from megagen.kernels.triton import vsa_launch
+from megagen.kernels import BlockIndex, VSALayout, vsa_attention
+from megagen.kernels.triton import vsa_launch, vsa_tune
 from megagen.kernels.triton.vsa_launch import Config
 from megagen.kernels.vsa.backends import reference
 from megagen.kernels.vsa.backends import triton as backend
@@ -157,6 +157,43 @@ def test_transposed_lists(device: str, seeded: torch.Generator) -> None:
     assert torch.equal(indptr.cpu(), expected[0]) and torch.equal(rows.cpu(), expected[1])
 
 
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_the_whole_of_it(device: str, has_gate: bool, seeded: torch.Generator) -> None:
+    """From tokens in raster order, which lie in a fused projection, to tokens, and back."""
+    layout = VSALayout((3, 5, 7), (2, 4, 4))
+    fused = torch.randn(2, 105, 1, 4, 64, generator=seeded).bfloat16()
+    exact = fused.double().requires_grad_()
+    blocks = definition.tokens_of_blocks(layout.grid, layout.tile)
+    *qkv, gate = exact.unbind(3)
+    expected = definition.attention(*qkv, gate if has_gate else None, blocks, blocks, 8)
+    do = torch.randn(expected.shape, generator=seeded).bfloat16()
+    expected.backward(do.double())
+    leaf = fused.to(device).requires_grad_()
+    *qkv, gate = leaf.unbind(3)
+    options = {"layout": layout, "topk": 8, "backend": "triton"}
+    out = vsa_attention(*qkv, gate if has_gate else None, **options)
+    out.backward(do.to(device))
+    assert leaf.grad is not None and exact.grad is not None
+    assert error(out, expected) < 5e-3
+    for i in range(4 if has_gate else 3):
+        assert error(leaf.grad[:, :, :, i], exact.grad[:, :, :, i]) < 1e-2, i
+
+
+def test_other_shapes_are_tried(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shape computes the same; only the clock is left out."""
+    monkeypatch.setattr(vsa_tune, "do_bench", lambda function, **_: 2.0)
+    problem = vsa_tune.Problem(head_dim=64, heads=1, blocks=3, topk=2, ragged=0.5)
+    functions = vsa_tune.runs(problem, torch.device(device))
+    assert functions.keys() == vsa_tune.PRODUCTS.keys() == set(vsa_launch.KERNELS)
+    for kernel, function in functions.items():
+        expected = function(Config(4, 2, tma=True))
+        other = Config(4, 2, tma=False)
+        trial = vsa_tune.attempt(kernel, other, function, expected, problem)
+        assert trial is not None and trial.error < 5e-3
+        products = 3 * 2 * vsa_tune.PRODUCTS[kernel]
+        assert trial.tflops == pytest.approx(products * 2 * 64**3 / 2e-3 / 1e12)
+
+
 def test_what_it_serves(device: str) -> None:
     assert backend.serves(torch.empty(64, dtype=torch.bfloat16, device=device)) is None
     assert "head dim 24" in str(backend.serves(torch.empty(24, device=device)))
@@ -164,4 +201,5 @@ def test_what_it_serves(device: str) -> None:
     assert {name for name in vars(backend) if hasattr(reference, name)} >= {
         *("fine_forward", "fine_backward", "block_mean", "select_topk"),
         *("coarse_forward", "coarse_backward", "transpose_index"),
+        *("tile_pool", "tile_pool_backward", "untile_combine", "untile_combine_backward"),
     }

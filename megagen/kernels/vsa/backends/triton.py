@@ -144,6 +144,44 @@ def coarse_backward(
     return dq[:, :, :num_q].contiguous(), dkm, dvm
 
 
+def tile_pool(x_BSHD: Tensor, slot_to_raster_P: Tensor, sizes_n: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``reference.tile_pool``; one pass."""
+    from megagen.kernels.triton import vsa_glue
+
+    return vsa_glue.tile_pool(x_BSHD, slot_to_raster_P, sizes_n)
+
+
+def tile_pool_backward(
+    dx_BHPD: Tensor, dmean_BHnD: Tensor, raster_to_slot_S: Tensor, sizes_n: Tensor
+) -> Tensor:
+    """See ``reference.tile_pool_backward``."""
+    from megagen.kernels.triton import vsa_glue
+
+    return vsa_glue.tile_pool_backward(dx_BHPD, dmean_BHnD, raster_to_slot_S, sizes_n)
+
+
+def untile_combine(
+    o_BHPD: Tensor, oc_BHnD: Tensor, gate_BSHD: Tensor | None, raster_to_slot_S: Tensor
+) -> Tensor:
+    """See ``reference.untile_combine``; one pass."""
+    from megagen.kernels.triton import vsa_glue
+
+    return vsa_glue.untile_combine(o_BHPD, oc_BHnD, gate_BSHD, raster_to_slot_S)
+
+
+def untile_combine_backward(
+    do_BSHD: Tensor,
+    oc_BHnD: Tensor,
+    gate_BSHD: Tensor | None,
+    slot_to_raster_P: Tensor,
+    raster_to_slot_S: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See ``reference.untile_combine_backward``; one pass over the gradient."""
+    from megagen.kernels.triton import vsa_glue
+
+    return vsa_glue.untile_combine_backward(do_BSHD, oc_BHnD, gate_BSHD, slot_to_raster_P)
+
+
 def _padded(x_BHnD: Tensor) -> Tensor:
     """Zeros up to whole blocks of 64 rows."""
     missing = -x_BHnD.shape[2] % BLOCK
