@@ -1,8 +1,12 @@
 """``megagen demo-causal``: the digit teacher made causal, distilled and streamed.
 
 Three runs of ``megagen train``, each from the weights of the one before: diffusion forcing on the
-training clips, knowledge distillation with a timestep a block, self-forcing from captions alone.
+training clips makes a causal teacher; knowledge distillation learns where its paths end, with a
+timestep a block; self-forcing goes on from captions alone, scored by the bidirectional teacher.
 What they leave makes a clip block by block on a cache, in four steps a block or two.
+
+The paths are the causal teacher's. A block's end on a bidirectional one's depends on noise of later
+blocks, which a causal student does not see: it learns means, and its clips lose variety.
 """
 
 from __future__ import annotations
@@ -51,10 +55,10 @@ WORDS = Words(
     title="Moving digits, block by block",
     about=(
         "A bidirectional video diffusion transformer makes clips of handwritten digits in 48 "
-        "steps. It was made causal here (diffusion forcing), taught where the teacher's paths end "
-        "(causal knowledge distillation) and then trained on its own clips (self-forcing), from "
-        "captions alone. The student makes a clip two frames at a time, in 4 steps each, or 2, on "
-        "a cache of the frames before."
+        "steps. Made causal here (diffusion forcing), it is a causal teacher; a student learned "
+        "where its paths end (causal knowledge distillation) and was then trained on its own clips "
+        "(self-forcing) against the bidirectional teacher, from captions alone. The student makes "
+        "a clip two frames at a time, in 4 steps each, or 2, on a cache of the frames before."
     ),
     figures=FIGURES,
     progress=(
@@ -73,8 +77,8 @@ class CausalOptions:
     Args:
         forcing, kd, self_forcing: their configs.
         num_ranks: of data parallelism.
-        num_paths: the teacher's paths that knowledge distillation learns, one a caption.
-        guidance_scale: of the teacher.
+        num_paths: the causal teacher's paths that knowledge distillation learns, one a caption.
+        guidance_scale: of both teachers.
         forcing_steps, kd_steps, self_forcing_steps: training steps; None: as the configs say.
     """
 
@@ -140,13 +144,11 @@ def make_causal(options: CausalOptions, teacher: Path, out: Path, phase: Phase) 
         export(out / "forcing", out / "causal_teacher", teacher)
     write_prompts(out, options.num_paths, TEXT_ENCODER)
     shutil.rmtree(out / "paths", ignore_errors=True)
-    keys: dict[str, object] = {
-        "models.teacher.init_from": teacher,
-        "training.data.data_path": out / "prompts",
-    }
+    keys: dict[str, object] = {"training.data.data_path": out / "prompts"}
     with phase("causal_kd", f"{options.num_paths} paths, megagen train --config {options.kd}"):
         kd = keys | {
             "models.student.init_from": out / "causal_teacher",
+            "models.teacher.init_from": out / "causal_teacher",
             "method.teacher_path_cache": out / "paths",
             "method.teacher_guidance_scale": options.guidance_scale,
             **steps_of(options.kd_steps),
@@ -156,6 +158,7 @@ def make_causal(options: CausalOptions, teacher: Path, out: Path, phase: Phase) 
     with phase("self_forcing", f"megagen train --config {options.self_forcing}"):
         own = keys | {
             "models.student.init_from": out / "kd_student",
+            "models.teacher.init_from": teacher,
             "models.critic.init_from": teacher,
             "method.real_score_guidance_scale": options.guidance_scale,
             **steps_of(options.self_forcing_steps, parts=4),
@@ -184,7 +187,7 @@ def sample(
     further[on_known(f"causal student, {count} steps")] = timed(
         pipeline, known, streamed_way(t_list, seed)
     )
-    further[on_known(f"teacher, {options.teacher_steps[0]} steps")] = Row(known, None)
+    further[on_known("causal teacher, 48 steps")] = Row(known, None)
     pipeline = load(options.teacher)
     for count in options.teacher_steps:
         way = teacher_way(count, causal.guidance_scale, seed)
