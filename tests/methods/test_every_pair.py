@@ -55,10 +55,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("family", OF_FAMILY)
 @pytest.mark.parametrize("method", OF_METHOD)
 def test_a_step(method: str, family: str, data: Path, tmp_path: Path) -> None:
+    take_a_step(method, family, data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        ("dmd2", "wan"),
+        ("kd_causal", "wan_causal"),
+        ("self_forcing", "wan_causal"),
+        ("teacher_forcing", "wan_causal"),
+    ],
+)
+def test_a_step_of_a_sparse_student(method: str, family: str, data: Path, tmp_path: Path) -> None:
+    vsa = {"sparsity": 0.5, "tile": [1, 1, 2]}
+    take_a_step(method, family, data, tmp_path, attention={"backend": "vsa", "vsa": vsa})
+
+
+def take_a_step(method: str, family: str, data: Path, tmp_path: Path, **student: Any) -> None:
     tree = config_tree(data, tmp_path / "run")
     options, others = OF_METHOD[method]
     tiny = tree["models"]["student"]
-    tree["models"]["student"] = {**tiny, "_target_": family, **OF_FAMILY[family]}
+    tree["models"]["student"] = {**tiny, "_target_": family, **OF_FAMILY[family], **student}
     for name, keys in others.items():
         tree["models"][name] = {**tiny, "_target_": SCORES.get(family, family), **keys}
     tree["method"] = {"_target_": method, **options}

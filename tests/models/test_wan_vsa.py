@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from megagen.core.vsa import VSAOptions
+from megagen.layers.attention import SelfAttention
+from megagen.layers.sparse import frames_layout, sparse_attention
+from megagen.layers.tokens import TokenShard
 from megagen.models.base import Request
+from megagen.models.wan import WanModel
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
 from tests.models import vsa_cases, wan_cases
@@ -111,3 +117,61 @@ def test_without_gate_and_sparsity_it_is_the_dense_network(
     assert together({n: own[n] for n in gradients}, gradients) <= 1e-5
     assert own.keys() - gradients.keys() == gates.keys()
     assert all(own[name].norm() > 0 for name in gates), "a zero gate would never learn"
+
+
+# -- figures and parts -----------------------------------------------------------------------------
+def test_flops_count_what_is_scored() -> None:
+    def plugin(vsa: dict[str, Any] | None) -> WanModel:
+        return WanModel(WanModel.Options(architecture=CASES["t2v"], vsa=vsa))
+
+    shape, size, layers = (4, 3, 6, 10), 56, 3
+    tokens, tiles = 45, 12
+    dense = plugin(None).flops(shape, 7)
+    for sparsity, selected in ((None, 5), (0.0, 12), (0.9, 2)):
+        pairs = tokens**2 * selected / tiles + tiles**2
+        more = tokens * size**2 + 2 * (pairs - tokens**2) * size
+        found = plugin(VSA).flops(shape, 7, sparsity)
+        assert found == pytest.approx(dense + 2 * layers * more)
+
+
+def test_rises_of_the_sparsity() -> None:
+    vsa = VSAOptions(sparsity=0.9, decay_rate=0.03, decay_interval_steps=30)
+    assert [vsa.at(step) for step in (0, 29, 30, 899, 900, 10**6, None)] == [
+        *(0.0, 0.0, 0.03, 0.87),
+        *(0.9, 0.9, 0.9),
+    ]
+    assert VSAOptions(sparsity=0.8, decay_rate=0.03, decay_interval_steps=1).at(None) == 0.78
+
+
+def test_text_before_the_video(generator: torch.Generator) -> None:
+    """Of a joint model: text is seen by all, and sees all, whatever is left out of the video."""
+    prefix, grid = 70, (2, 4, 6)
+    options = VSAOptions(sparsity=0.5, tile=(2, 2, 2), kernels="reference")
+    given = [torch.randn(prefix + 48, 2, 3, 8, generator=generator) for _ in range(4)]
+    layout = frames_layout(options, [grid[0]], *grid[1:], prefix=prefix)
+    found = sparse_attention(*given, options=options, sparsity=0.75, layout=layout)
+    q, k, v, gate = (x.permute(1, 2, 0, 3).double() for x in given)
+    numbers = vsa_cases.tiles([grid[0]], *grid[1:])
+    blocks = torch.cat([torch.arange(prefix) // 64, numbers + 2])  # of text: 64 tokens and 6
+    one_hot = F.one_hot(blocks).to(q)
+    means = [torch.einsum("bnsk,st->bntk", x, one_hot / one_hot.sum(0)) for x in (q, k, v)]
+    scores = means[0][:, :, 2:] @ means[1].transpose(-1, -2) * q.size(-1) ** -0.5
+    coarse = (scores.softmax(-1) @ means[2])[:, :, numbers]
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen.scatter_(-1, 2 + scores[..., 2:].topk(2, dim=-1).indices, True)
+    chosen[..., :2] = True
+    mask = chosen[..., numbers, :][..., blocks]
+    fine = F.scaled_dot_product_attention(q[:, :, prefix:], k, v, attn_mask=mask)
+    video = fine + gate[:, :, prefix:] * coarse
+    text = F.scaled_dot_product_attention(q[:, :, :prefix], k, v)
+    assert relative(found.permute(1, 2, 0, 3), torch.cat([text, video], 2)) <= 1e-5
+
+
+def test_the_layer_hands_the_prefix_on() -> None:
+    attention = SelfAttention.__new__(SelfAttention)
+    torch.nn.Module.__init__(attention)
+    attention.vsa = VSAOptions(sparsity=0.5, tile=(2, 2, 2))
+    shard = TokenShard(118, grid=(2, 4, 6), prefix=70, sparsity=0.75)
+    given = attention._whole(shard).keywords  # type: ignore[attr-defined]
+    assert given["layout"].num_tokens == shard.num_tokens and given["layout"].prefix == 70
+    assert given["sparsity"] == 0.75 and given["kv_layout"] is None
