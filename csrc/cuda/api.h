@@ -63,10 +63,10 @@ typedef struct {
 } MegagenBackward;
 MegagenError megagen_vsa_backward(const MegagenBackward* a);
 
-/* Loads the tiles that lists name and does nothing with them: what the caches and buses can deliver.
- * entries, counts as in the forward; every pair's K and V tiles. sink: one uint32, never written. */
+/* Loads the K and V tiles that lists name, as the forward does, and does nothing with them: what caches
+ * and buses can deliver. bf16. */
 typedef struct {
-  uint64_t k, v, entries, counts, sink;
+  uint64_t k, v, entries, counts;
   int64_t sequences;
   int32_t pairs, num_k, width, dim;
   uint64_t stream;

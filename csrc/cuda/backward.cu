@@ -1,4 +1,4 @@
-// Launches of the backward: row statistics, then keys and values, then queries.
+// Launches of the backward: row statistics, then keys and values, then queries; or all at once.
 #include <algorithm>
 
 #include "backward_kv.cuh"
@@ -31,7 +31,7 @@ MegagenError row_stats(const MegagenBackward& m) {
                 stream_of(m.stream), a);
 }
 
-template <int D>
+template <int D, bool kFast>
 MegagenError key_grads(const MegagenBackward& m, const Maps& maps) {
   KeyGradArgs a{};
   a.dk = at<uint16_t>(m.dk), a.dv = at<uint16_t>(m.dv), a.stats = at<const uint8_t>(m.stats);
@@ -39,8 +39,9 @@ MegagenError key_grads(const MegagenBackward& m, const Maps& maps) {
   a.counts = at<const int>(m.key_counts), a.order = at<const int>(m.key_order);
   a.k_sizes = at<const int>(m.k_sizes), a.width = m.key_width;
   a.num_q = m.num_q, a.num_k = m.num_k, a.pairs = static_cast<int>(ceil_div(m.num_k, 2)), a.scale = m.scale;
-  using Shape = KeyGradShape<D>;
-  return launch(key_grad_kernel<Bf16, D>, m.sequences * a.pairs, Shape::kThreads, Shape::kShared,
+  a.dq = at<float>(m.dq32);
+  using Shape = KeyGradShape<D, kFast>;
+  return launch(key_grad_kernel<Bf16, D, kFast>, m.sequences * a.pairs, Shape::kThreads, Shape::kShared,
                 stream_of(m.stream), maps.q, maps.grad, maps.k, maps.v, a);
 }
 
@@ -58,12 +59,26 @@ MegagenError query_grads(const MegagenBackward& m, const Maps& maps) {
                 stream_of(m.stream), maps.k, maps.v, maps.grad, a);
 }
 
+// dQ is summed into fp32 zeros beside dK and dV.
+template <int D>
+MegagenError fast_grads(const MegagenBackward& m, const Maps& maps) {
+  ConvertArgs a{};
+  a.sums = at<const float>(m.dq32), a.dq = at<uint16_t>(m.dq), a.sizes = at<const int>(m.q_sizes);
+  a.blocks = m.sequences * m.num_q, a.num_q = m.num_q, a.scale = m.scale;
+  const size_t bytes = static_cast<size_t>(a.blocks) * kBlock * D * sizeof(float);
+  const cudaStream_t stream = stream_of(m.stream);
+  if (MegagenError e = check("clear", cudaMemsetAsync(at<void>(m.dq32), 0, bytes, stream))) return e;
+  if (MegagenError e = key_grads<D, true>(m, maps)) return e;
+  return launch(convert_kernel<Bf16, D>, a.blocks, kThreadsPerGroup, 0, stream, a);
+}
+
 template <int D>
 MegagenError backward(const MegagenBackward& m) {
   Maps maps;
   if (MegagenError e = describe_all<D>(&maps, m)) return e;
   if (MegagenError e = row_stats<D>(m)) return e;
-  if (MegagenError e = key_grads<D>(m, maps)) return e;
+  if (m.fast) return fast_grads<D>(m, maps);
+  if (MegagenError e = key_grads<D, false>(m, maps)) return e;
   return query_grads<D>(m, maps);
 }
 }  // namespace

@@ -52,4 +52,29 @@ stats_kernel(const StatsArgs a) {
   a.stats[block * kStats + slot] = reached ? lse * kToBase2 : kNever;
   a.stats[block * kStats + kBlock + slot] = reached ? delta : 0.f;
 }
+
+// The fast variant's sums of dQ: a block's 64 D numbers ordered as threads hold them, so that a warp adds
+// 512 neighbouring bytes. Numbers i to i + 3 of a thread, i a multiple of 4.
+constexpr MG_BOTH int sum_offset(int thread, int i) { return (i / 4 * kThreadsPerGroup + thread) * 4; }
+
+struct ConvertArgs {
+  const float* sums;  // [BH, num_q, 64 D]
+  uint16_t* dq;       // [BH, num_q, 64, D]
+  const int* sizes;   // [num_q]
+  int64_t blocks;     // BH * num_q
+  int num_q;
+  float scale;
+};
+
+// A block of 128 threads per block of queries.
+template <class T, int D>
+HW_SMALL_KERNEL(kThreadsPerGroup)
+convert_kernel(const ConvertArgs a) {
+  const int64_t block = hw::block();
+  const int thread = hw::thread(), size = a.sizes[block % a.num_q];
+  float d[D / 2];
+#pragma unroll
+  for (int i = 0; i < D / 2; ++i) d[i] = a.sums[block * kBlock * D + sum_offset(thread, i / 4 * 4) + i % 4];
+  store_rows<T, D>(a.dq + block * kBlock * D, d, a.scale, a.scale, size, thread);
+}
 }  // namespace megagen::cuda

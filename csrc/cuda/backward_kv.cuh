@@ -1,7 +1,8 @@
 // Gradients of keys and values: pairs of key blocks stay, their query blocks stream past.
 //
 // Scores are computed transposed (keys as rows), so that P^T and dS^T come out of the tensor cores in
-// the layout in which the next products want them, as operands in registers.
+// the layout in which the next products want them, as operands in registers. The fast variant adds each
+// entry's part of dQ to fp32 memory as well: five products instead of seven, in no fixed order of sums.
 #pragma once
 #include "backward.cuh"
 
@@ -15,12 +16,13 @@ struct KeyGradArgs {
   const int* counts;        // [BH, pairs]
   const int* order;         // [BH, pairs]: longest first
   const int* k_sizes;       // [num_k]
+  float* dq;                // [BH, num_q, 64 D]: the fast variant's sums, see sum_offset
   int64_t width;            // entries of a sequence
   int num_q, num_k, pairs;
   float scale;
 };
 
-template <int D>
+template <int D, bool kFast>
 struct KeyGradShape {
   static constexpr int kStages = D == 128 ? 4 : 8;
   static constexpr int kThreads = kConsumerThreads + kThreadsPerGroup;
@@ -28,20 +30,23 @@ struct KeyGradShape {
     RingMemory<D, kStages, kStatsBytes> ring;  // Q and dO
     alignas(kAlignment) uint8_t k[2][tile_bytes(D)];
     uint8_t v[2][tile_bytes(D)];
+    uint8_t ds[kFast ? 2 : 1][kFast ? kPanelBytes : kAlignment];  // dS^T: keys x queries
     hw::Barrier ready[2];
   };
   static constexpr int kShared = sizeof(Memory) + kAlignment;
   static_assert(kShared <= kMaxShared);
 };
 
-template <class T, int D>
+template <class T, int D, bool kFast>
 struct KeyGradRows {
-  typename KeyGradShape<D>::Memory& memory;
+  typename KeyGradShape<D, kFast>::Memory& memory;
   const int thread, side;
   const float unit;
+  float* dq = nullptr;  // the sequence's
+  int tokens = 0;       // of this key block
   float dk[D / 2], dv[D / 2];
 
-  HW_DEVICE KeyGradRows(typename KeyGradShape<D>::Memory& m, int t, int s, float u)
+  HW_DEVICE KeyGradRows(typename KeyGradShape<D, kFast>::Memory& m, int t, int s, float u)
       : memory(m), thread(t), side(s), unit(u) {
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0.f;
@@ -96,9 +101,48 @@ struct KeyGradRows {
     hw::mma_fence();
     plus_weighted<T, N, D>(dk, ds, q);
     hw::mma_commit();
+    if constexpr (kFast) publish<N>(ds);
     hw::mma_wait<0>();
     hw::settle(dk);
     hw::settle(dv);
+    if constexpr (kFast) add_queries(entry_index(memory.ring.entries[slot]));
+  }
+
+  // dS^T to shared memory, as dQ = dS K needs it from there. Its rows that are no tokens would count.
+  template <int N>
+  HW_DEVICE void publish(const uint32_t (&ds)[N / 16][4]) {
+    hw::sync_group<kThreadsPerGroup>(1 + side);  // all warps are done with the entry before
+    const int t = hw::forgotten(thread);
+#pragma unroll
+    for (int k = 0; k < N / 16; ++k)
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const uint32_t to = tile_offset(operand_row(t, r), 16 * k + operand_column(t, r));
+        *reinterpret_cast<uint32_t*>(memory.ds[side] + to) = operand_row(t, r) < tokens ? ds[k][r] : 0;
+      }
+    hw::publish_shared();
+    hw::sync_group<kThreadsPerGroup>(1 + side);
+  }
+  // One panel of dQ at a time: dK and dV leave no more registers. Rows of empty slots hold anything; the
+  // conversion to bf16 clears them.
+  HW_DEVICE void add_queries(int block) {
+    float* to = dq + static_cast<int64_t>(block) * kBlock * D;
+    const int t = hw::forgotten(thread);
+#pragma unroll
+    for (int panel = 0; panel < D / 64; ++panel) {
+      float part[32];
+      hw::mma_fence();
+#pragma unroll
+      for (int k = 0; k < kBlock / 16; ++k) {
+        const uint64_t ds = along_rows(hw::address(memory.ds[side]), k);
+        hw::mma<T, 64, true, true>(part, ds, along_rows(hw::address(memory.k[side]) + panel * kPanelBytes, k), k != 0);
+      }
+      hw::mma_commit();
+      hw::mma_wait<0>();
+      hw::settle(part);
+#pragma unroll
+      for (int i = 0; i < 32; i += 4) hw::add_four(to + sum_offset(t, panel * 32 + i), part + i);
+    }
   }
 
   // What walk_whole() calls. Nothing is left under way from one entry to the next: the registers of an
@@ -117,10 +161,10 @@ struct KeyGradRows {
 };
 
 // One CTA per pair, longest lists of a sequence first.
-template <class T, int D>
-HW_KERNEL(KeyGradShape<D>::kThreads)
+template <class T, int D, bool kFast>
+HW_KERNEL((KeyGradShape<D, kFast>::kThreads))
 key_grad_kernel(HW_MAP q, HW_MAP grad, HW_MAP k, HW_MAP v, const KeyGradArgs a) {
-  using Shape = KeyGradShape<D>;
+  using Shape = KeyGradShape<D, kFast>;
   auto& memory = hw::shared<typename Shape::Memory>();
   RingUse<D, Shape::kStages, kStatsBytes> ring{memory.ring};
   if (hw::thread() == 0) {
@@ -152,7 +196,11 @@ key_grad_kernel(HW_MAP q, HW_MAP grad, HW_MAP k, HW_MAP v, const KeyGradArgs a) 
     hw::load_tile(memory.v[side], v, memory.ready[side], block * kBlock, bh);
   }
   if (there) hw::wait(memory.ready[side], 0);
-  KeyGradRows<T, D> rows(memory, thread, side, a.scale * kToBase2);
+  KeyGradRows<T, D, kFast> rows(memory, thread, side, a.scale * kToBase2);
+  if constexpr (kFast) {
+    rows.dq = a.dq + bh * a.num_q * kBlock * D;
+    rows.tokens = there ? a.k_sizes[block] : 0;
+  }
   walk_whole(ring, at, count, side, rows);
   if (there) {
     const int64_t to = (bh * a.num_k + block) * kBlock * D;

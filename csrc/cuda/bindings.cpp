@@ -31,6 +31,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("transpose", caller(megagen_transpose));
   m.def("vsa_forward", caller(megagen_vsa_forward));
   m.def("vsa_backward", caller(megagen_vsa_backward));
+  m.def("gather_probe", caller(megagen_gather_probe));
   {
     using Args = MegagenMerge;
     py::class_<Args>(m, "Merge").def(py::init([] { return Args{}; }))
@@ -60,5 +61,11 @@ PYBIND11_MODULE(_cuda, m) {
         MG_FIELD(counts) MG_FIELD(key_entries) MG_FIELD(key_counts) MG_FIELD(key_order) MG_FIELD(key_indptr)
         MG_FIELD(q_sizes) MG_FIELD(k_sizes) MG_FIELD(sequences) MG_FIELD(key_width) MG_FIELD(num_q)
         MG_FIELD(num_k) MG_FIELD(width) MG_FIELD(dim) MG_FIELD(fast) MG_FIELD(scale) MG_FIELD(stream);
+  }
+  {
+    using Args = MegagenProbe;
+    py::class_<Args>(m, "Probe").def(py::init([] { return Args{}; }))
+        MG_FIELD(k) MG_FIELD(v) MG_FIELD(entries) MG_FIELD(counts) MG_FIELD(sequences) MG_FIELD(pairs)
+        MG_FIELD(num_k) MG_FIELD(width) MG_FIELD(dim) MG_FIELD(stream);
   }
 }

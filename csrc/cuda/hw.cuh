@@ -59,6 +59,13 @@ HW_DEVICE int count_bits(uint32_t value) { return __popc(value); }
 HW_DEVICE int first_bit(uint32_t value) { return __ffs(value) - 1; }
 HW_DEVICE void atomic_or(uint32_t* where, uint32_t value) { atomicOr(where, value); }
 
+// Adds four fp32 numbers to 16 aligned bytes of global memory, in no fixed order among threads.
+HW_DEVICE void add_four(float* to, const float* values) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(values[0]), "f"(values[1]),
+               "f"(values[2]), "f"(values[3])
+               : "memory");
+}
+
 // Registers per thread of the calling warpgroup.
 template <int kCount>
 HW_DEVICE void more_registers() {
@@ -114,24 +121,15 @@ HW_DEVICE void load_bytes(void* to, const void* from, int bytes, Barrier& b) {
                "l"(from), "r"(bytes), "r"(address(&b))
                : "memory");
 }
-// Adds fp32 numbers of shared memory to global memory, in no fixed order among blocks.
-HW_DEVICE void add_bytes(float* to, const void* from, int bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
-               "r"(address(from)), "r"(bytes)
-               : "memory");
-}
-HW_DEVICE void commit_adds() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until the sources of all but kPending groups have been read.
-template <int kPending>
-HW_DEVICE void wait_adds_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-}
-template <int kPending>
-HW_DEVICE void wait_adds() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
-}
 // Between plain writes to shared memory and wgmma or bulk copies that read them.
 HW_DEVICE void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The same number, of which the compiler knows nothing: what follows from it is computed where it is
+// used, not kept in registers around a loop.
+HW_DEVICE int forgotten(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 // --- numbers
 HW_DEVICE float exp2(float x) {

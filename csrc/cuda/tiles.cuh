@@ -5,11 +5,12 @@
 
 namespace megagen::cuda {
 
-// Two consumer warpgroups and a third one of which a single warp produces: registers are given to
-// warpgroups, and each quarter of the processor has 512 for its three warps' lanes.
+// Two consumer warpgroups and a third one of which a single warp produces. A block of 384 threads is
+// launched with 168 registers a thread; these are dealt out anew among its warpgroups. More than there
+// are would never be granted.
 constexpr int kConsumerWarps = 8, kConsumerThreads = 2 * kThreadsPerGroup;
-constexpr int kConsumerRegisters = 240, kProducerRegisters = 32;
-static_assert(2 * kConsumerRegisters + kProducerRegisters <= 512);
+constexpr int kConsumerRegisters = 240, kProducerRegisters = 24, kLaunchRegisters = 168;
+static_assert(2 * kConsumerRegisters + kProducerRegisters <= 3 * kLaunchRegisters);
 
 // Slots of two tiles each and, when kExtra, that many bytes of row statistics.
 template <int D, int kStages, int kExtra>

@@ -108,6 +108,24 @@ def fine_backward(
     return _backward(*given)
 
 
+def fine_backward_fast(
+    do_BHQD: Tensor,
+    dlse_BHQ: Tensor | None,
+    q_BHQD: Tensor,
+    k_BHKD: Tensor,
+    v_BHKD: Tensor,
+    o_BHQD: Tensor,
+    lse_BHQ: Tensor,
+    lists: Lists,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in one pass, dq by atomic additions in fp32: its last bits differ between runs."""
+    given = (do_BHQD, dlse_BHQ, q_BHQD, k_BHKD, v_BHKD, o_BHQD, lse_BHQ, lists, scale)
+    if q_BHQD.dtype != torch.bfloat16:
+        return fine_backward(*given)
+    return _backward(*given, fast=True)
+
+
 def transpose_index(idx_BHqM: Tensor, num_BHq: Tensor, num_k: int) -> tuple[Tensor, Tensor]:
     """``indptr [B, H, n_k + 1]`` and ``rows [B, H, n_q M]``: the query blocks of each key block."""
     batch, heads, num_q, width = idx_BHqM.shape
@@ -187,6 +205,15 @@ def merge_keys(lists: Lists) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return entries, counts, order, indptr
 
 
+def gather(k_BHKD: Tensor, v_BHKD: Tensor, entries: Tensor, counts: Tensor) -> None:
+    """Loads every tile of K and V that ``merge_queries``'s lists name, and does nothing with it."""
+    args = _module().Probe()
+    _fill(args, k=k_BHKD, v=v_BHKD, entries=entries, counts=counts)
+    sizes = {"pairs": entries.size(2), "num_k": k_BHKD.size(2) // 64, "width": entries.size(3)}
+    _fill(args, sequences=k_BHKD.size(0) * k_BHKD.size(1), dim=k_BHKD.size(3), **sizes)
+    _run("gather_probe", args, k_BHKD)
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float, **epilogue: Any
 ) -> Tensor:
@@ -212,15 +239,19 @@ def _backward(
     lse: Tensor,
     lists: Lists,
     scale: float,
+    *,
+    fast: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     stats = q.new_empty(*q.shape[:2], lists.q_sizes.numel(), 128, dtype=torch.float32)
-    entries, counts = merge_queries(lists)
+    sums = torch.empty_like(q, dtype=torch.float32) if fast else None
+    entries, counts = (None, None) if fast else merge_queries(lists)
     key_entries, key_counts, key_order, key_indptr = merge_keys(lists)
     args = _module().Backward()
     _fill(args, q=q, k=k, v=v, o=o, grad=do, lse=lse, dlse=dlse, stats=stats, dq=dq, dk=dk, dv=dv)
-    _fill(args, entries=entries, counts=counts, key_entries=key_entries, key_counts=key_counts)
-    _fill(args, key_order=key_order, key_indptr=key_indptr, key_width=key_entries.size(-1))
+    _fill(args, fast=int(fast), dq32=sums, entries=entries, counts=counts)
+    _fill(args, key_entries=key_entries, key_counts=key_counts, key_width=key_entries.size(-1))
+    _fill(args, key_order=key_order, key_indptr=key_indptr)
     _fill(args, q_sizes=lists.q_sizes, k_sizes=lists.kv_sizes, scale=scale, **_sizes(q, lists))
     _run("vsa_backward", args, q)
     return dq, dk, dv

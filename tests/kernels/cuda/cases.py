@@ -1,0 +1,125 @@
+"""Random inputs of the CUDA kernels, and what the definition makes of them.
+
+Legend: B batch, H heads, Q K query and key slots (64 a block), D head dim, M places of a list.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megagen.kernels.vsa.backends import cuda, reference
+from megagen.kernels.vsa.index import Lists
+
+EVERY_SIZE = (0, 1, 4, 16, 17, 33, 48, 49, 60, 63, 64, 64, 64)
+"""Of blocks: at and beside each length that the kernels treat apart."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs with garbage in their empty slots."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    do: Tensor
+    dlse: Tensor
+    lists: Lists
+    scale: float
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Case:
+        """On another device, or in another type."""
+        lists = Lists(*(x.to(device) for x in vars(self.lists).values() if x is not None))
+        tensors = (x.to(device, dtype) for x in (self.q, self.k, self.v, self.do))
+        return Case(*tensors, self.dlse.to(device), lists, self.scale)
+
+
+def draw(
+    generator: torch.Generator,
+    *,
+    num_q: int = 5,
+    num_k: int = 9,
+    width: int = 6,
+    dim: int = 64,
+    sizes: tuple[int, ...] = EVERY_SIZE,
+    magnitude: float = 1.0,
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int = 1,
+    full: bool = False,
+) -> Case:
+    """A case of two heads; ``full``: every list has ``width`` entries, else 0 to ``width``."""
+
+    def normal(blocks: int, factor: float, block_sizes: Tensor) -> Tensor:
+        x = factor * torch.randn(batch, 2, 64 * blocks, dim, generator=generator)
+        pads = (torch.arange(64) >= block_sizes[:, None]).flatten()
+        x[:, :, pads] = 1e3 * torch.randn(batch, 2, int(pads.sum()), dim, generator=generator)
+        return x.to(dtype)
+
+    def pick(blocks: int) -> Tensor:
+        chosen = torch.randint(0, len(sizes), (blocks,), generator=generator)
+        return torch.tensor(sizes, dtype=torch.int32)[chosen]
+
+    q_sizes, kv_sizes = pick(num_q), pick(num_k)
+    scores = torch.rand(batch, 2, num_q, num_k, generator=generator)
+    num = torch.randint(width if full else 0, width + 1, (batch, 2, num_q), generator=generator)
+    idx = torch.zeros(batch, 2, num_q, width, dtype=torch.int32)
+    for place in torch.cartesian_prod(*map(torch.arange, num.shape)).tolist():
+        b, h, i = place
+        n = int(num[b, h, i])
+        idx[b, h, i, :n] = scores[b, h, i].topk(n).indices.sort().values.int()
+    lists = Lists(idx, num.int(), q_sizes, kv_sizes)
+    q, do = normal(num_q, magnitude, q_sizes), normal(num_q, 1.0, q_sizes)
+    k, v = normal(num_k, magnitude, kv_sizes), normal(num_k, magnitude, kv_sizes)
+    dlse = torch.randn(q.shape[:-1], generator=generator)
+    return Case(q, k, v, do, dlse, lists, 1 / math.sqrt(dim))
+
+
+def run(case: Case, backward: Callable[..., tuple[Tensor, ...]] | None) -> dict[str, Tensor]:
+    """Outputs of the CUDA kernels, and gradients where there is a backward."""
+    o, lse = cuda.fine_forward(case.q, case.k, case.v, case.lists, case.scale)
+    found = {"o": o, "lse": lse}
+    if backward is not None:
+        given = (case.do, case.dlse, case.q, case.k, case.v, o, lse, case.lists, case.scale)
+        found |= dict(zip(("dq", "dk", "dv"), backward(*given), strict=True))
+    return found
+
+
+def expect(case: Case) -> dict[str, Tensor]:
+    """The definition in fp64, of the same rounded inputs without their garbage."""
+    pads_q, pads_k = (
+        (torch.arange(64, device=sizes.device) >= sizes[:, None]).flatten()[:, None]
+        for sizes in (case.lists.q_sizes, case.lists.kv_sizes)
+    )
+    q, do = (x.double().masked_fill(pads_q, 0) for x in (case.q, case.do))
+    k, v = (x.double().masked_fill(pads_k, 0) for x in (case.k, case.v))
+    dlse = case.dlse.double().masked_fill(pads_q[:, 0], 0)
+    o, lse = reference.fine_forward(q, k, v, case.lists, case.scale)
+    grads = reference.fine_backward(do, dlse, q, k, v, o, lse, case.lists, case.scale)
+    return {"o": o, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+
+
+def check(case: Case, found: dict[str, Tensor], *, grad_limit: float = 1e-2) -> None:
+    """The bars: outputs 5e-3, LSE 1e-3 absolute, gradients 1e-2; zeros where nothing is."""
+    expected = expect(case)
+    is_reached = expected["lse"].isfinite()
+    assert torch.equal(found["lse"].isfinite(), is_reached)
+    assert (found["lse"][~is_reached] == -torch.inf).all()
+    assert (found["o"][~is_reached] == 0).all()
+    gap = (found["lse"] - expected["lse"])[is_reached].abs()
+    assert not gap.numel() or gap.max() < 1e-3, gap.max()
+    for name in found.keys() - {"lse"}:
+        limit = 5e-3 if name == "o" else grad_limit
+        is_nothing = (expected[name] == 0).all(-1)
+        assert (found[name][is_nothing] == 0).all(), name
+        assert error(found[name], expected[name]) < limit, name
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative L2; NaN counts as infinite."""
+    norm = expected.double().norm()
+    value = (found.double() - expected.double()).norm() / norm.clamp(min=1e-300)
+    return float(value.nan_to_num(nan=torch.inf)) if norm else float(found.double().norm())
