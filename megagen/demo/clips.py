@@ -14,7 +14,7 @@ from torch import Tensor
 from megagen.core.options import parse_options
 from megagen.core.streams import Streams
 from megagen.demo import digits, processes
-from megagen.demo.digits import DIRECTIONS, WORDS, Clips, Split
+from megagen.demo.digits import DIRECTIONS, LANES, WORDS, Clips, Split
 
 if TYPE_CHECKING:
     from megagen.data.preprocess import PreprocessOptions
@@ -60,11 +60,12 @@ def _preprocess_share(options: PreprocessOptions) -> None:
     preprocess(options, rank=process.rank(), num_ranks=process.world_size())
 
 
-def parse_caption(text: str) -> tuple[int, int]:
-    """Digit and direction of a caption: ``parse_caption("a three moving left")`` is (3, 0)."""
-    match = re.fullmatch(r"a (\w+) moving (\w+)", text)
+def parse_caption(text: str) -> tuple[int, int, int]:
+    """Digit, direction and lane: ``parse_caption("a three moving left far")`` is (3, 0, 2)."""
+    match = re.fullmatch(r"a (\w+) moving (\w+) (\w+)", text)
     assert match is not None, f"not a caption of the demo: {text!r}"
-    return WORDS.index(match[1]), tuple(DIRECTIONS).index(match[2])
+    lane = tuple(LANES).index(match[3])
+    return WORDS.index(match[1]), tuple(DIRECTIONS).index(match[2]), lane
 
 
 def from_dataset(data: Path, limit: int | None = None) -> Clips:
@@ -89,15 +90,16 @@ def from_dataset(data: Path, limit: int | None = None) -> Clips:
 def from_pixels(video_BCTHW: Tensor, captions: Sequence[str]) -> Clips:
     """Clips of decoded videos in [-1, 1] and their captions."""
     shown = torch.tensor([parse_caption(caption) for caption in captions])
-    return Clips(video_BCTHW.mean(1).add(1).div(2).clamp(0, 1), shown[:, 0], shown[:, 1])
+    return Clips(video_BCTHW.mean(1).add(1).div(2).clamp(0, 1), *shown.unbind(1))
 
 
 def asked(count: int, split: Split) -> Clips:
     """Captions of a split, without frames: digits in turn, the direction changes every ten."""
     number = torch.arange(count)
-    shown = number % len(WORDS)
-    directions = digits.split_directions(split, shown, number // len(WORDS))
-    return Clips(torch.empty(0), shown, directions)
+    shown, turn = number % len(WORDS), number // len(WORDS)
+    directions = turn % len(DIRECTIONS)
+    lanes = digits.split_lanes(split, shown, directions, turn // len(DIRECTIONS))
+    return Clips(torch.empty(0), shown, directions, lanes)
 
 
 def sample(pipeline: VideoPipeline, wanted: Clips, **how: Any) -> Clips:
@@ -139,21 +141,19 @@ def write_samples(clips: Clips, folder: Path, count: int) -> None:
 
 def first(clips: Clips, count: int) -> Clips:
     """The first so many clips."""
-    return Clips(clips.frames_NTHW[:count], clips.digits_N[:count], clips.directions_N[:count])
+    return clips[:count]
 
 
 def in_order_of(clips: Clips, wanted: Clips, count: int) -> Clips:
     """Clips that show what the first of ``wanted`` show, each used once where it can be.
 
-    Where a digit does not go in a direction, it is shown in another one.
+    Where no clip shows all of it, the digit counts before the direction, that before the lane.
     """
-    uses = torch.zeros(len(clips))
-    chosen = []
-    for digit, direction in zip(
-        wanted.digits_N[:count].tolist(), wanted.directions_N[:count].tolist(), strict=True
-    ):
-        cost = uses + 1e3 * (clips.directions_N != direction) + 1e6 * (clips.digits_N != digit)
+    uses, chosen = torch.zeros(len(clips)), []
+    for n in range(count):
+        cost = uses + 1e2 * (clips.lanes_N != wanted.lanes_N[n])
+        cost += 1e4 * (clips.directions_N != wanted.directions_N[n])
+        cost += 1e6 * (clips.digits_N != wanted.digits_N[n])
         chosen.append(int(cost.argmin()))
         uses[chosen[-1]] += 1
-    index = torch.tensor(chosen)
-    return Clips(clips.frames_NTHW[index], clips.digits_N[index], clips.directions_N[index])
+    return clips[torch.tensor(chosen)]

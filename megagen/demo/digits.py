@@ -1,10 +1,10 @@
 """Moving handwritten digits: scikit-learn's ``load_digits`` as short captioned clips.
 
 1797 digits of 8x8 pixels written by 43 people (UCI "Optical Recognition of Handwritten Digits"). A
-clip shows one of them, enlarged smoothly, moving one pixel a frame. Images are split once into
-training and held-out ones, and so are the captions: each digit has one direction that it never
-takes in training. Held-out clips show held-out handwriting moving as only held-out captions say, so
-nothing like them is ever trained on.
+clip shows one of them, enlarged smoothly, moving one pixel a frame in one of three lanes. Images
+are split once into training and held-out ones, and so are the captions: for each digit and
+direction there is one lane that no training clip shows. Held-out clips show held-out handwriting
+moving as only held-out captions say, so nothing like them is ever trained on.
 
 Legend: N clips or images, T frames, H W height and width, all clips grey in [0, 1].
 """
@@ -30,9 +30,10 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 """Name to step in pixels a frame, (rows, columns)."""
 
+LANES = {"near": (0, 3), "midway": (3, 5), "far": (5, 8)}
+"""Name to places across the motion, [first, end), counted from the top or left edge."""
+
 Split = Literal["train", "held_out"]
-HELD_OUT_DIRECTIONS = (1, 3, 2, 0, 3, 1, 0, 2, 1, 3)
-"""For each digit the index of the direction that no training clip shows."""
 
 NUM_FRAMES, FRAME_SIZE, DIGIT_SIZE = 8, 16, 9
 VIDEO_SCALE = 4  # mp4 files are this much larger than the model's frames: H.264 keeps them crisp
@@ -48,27 +49,32 @@ class Clips:
         frames_NTHW: grey levels in [0, 1], fp32.
         digits_N: 0..9, int64.
         directions_N: index into ``DIRECTIONS``, int64.
+        lanes_N: index into ``LANES``, int64.
     """
 
     frames_NTHW: Tensor
     digits_N: Tensor
     directions_N: Tensor
+    lanes_N: Tensor
 
     @property
     def captions(self) -> list[str]:
         """One sentence a clip."""
-        return [
-            caption(d, m)
-            for d, m in zip(self.digits_N.tolist(), self.directions_N.tolist(), strict=True)
-        ]
+        shown = (self.digits_N, self.directions_N, self.lanes_N)
+        return [caption(*which) for which in zip(*(x.tolist() for x in shown), strict=True)]
 
     def __len__(self) -> int:
         return len(self.digits_N)
 
+    def __getitem__(self, which: slice | Tensor) -> Clips:
+        """Some of them."""
+        fields = (self.frames_NTHW, self.digits_N, self.directions_N, self.lanes_N)
+        return Clips(*(x[which] for x in fields))
 
-def caption(digit: int, direction: int) -> str:
-    """The sentence for a clip: ``caption(3, 0)`` is "a three moving left"."""
-    return f"a {WORDS[digit]} moving {tuple(DIRECTIONS)[direction]}"
+
+def caption(digit: int, direction: int, lane: int) -> str:
+    """The sentence for a clip: ``caption(3, 0, 2)`` is "a three moving left far"."""
+    return f"a {WORDS[digit]} moving {tuple(DIRECTIONS)[direction]} {tuple(LANES)[lane]}"
 
 
 def load_images(split: Split, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -97,18 +103,18 @@ def enlarge(images_NHW: Tensor, size: int = DIGIT_SIZE) -> Tensor:
     return large * large * (3 - 2 * large)  # smoothstep: steeper edges, ends stay at 0 and 1
 
 
-def move(images_NHW: Tensor, directions_N: Tensor, starts_N2: Tensor) -> Tensor:
+def move(images_NHW: Tensor, directions_N: Tensor, starts_N: Tensor) -> Tensor:
     """Clips ``[N, T, H, W]`` of the images moving one pixel a frame.
 
     Args:
         images_NHW: enlarged digits.
         directions_N: index into ``DIRECTIONS``.
-        starts_N2: uniform in [0, 1): where between the outermost start positions (row, column).
+        starts_N: in [0, 1): where across the motion, between the outermost places.
     """
     size, travel = images_NHW.shape[-1], NUM_FRAMES - 1
     steps_N2 = torch.tensor(list(DIRECTIONS.values()))[directions_N]
     room_N2 = FRAME_SIZE - size - travel * steps_N2.abs()
-    first_N2 = (starts_N2 * (room_N2 + 1)).long() + travel * (steps_N2 < 0)
+    first_N2 = (starts_N[:, None] * (room_N2 + 1)).long() + travel * (steps_N2 < 0)
     frames = images_NHW.new_zeros(len(images_NHW), NUM_FRAMES, FRAME_SIZE, FRAME_SIZE)
     for n, (first, step) in enumerate(zip(first_N2.tolist(), steps_N2.tolist(), strict=True)):
         for t in range(NUM_FRAMES):
@@ -117,13 +123,16 @@ def move(images_NHW: Tensor, directions_N: Tensor, starts_N2: Tensor) -> Tensor:
     return frames
 
 
-def split_directions(split: Split, digits_N: Tensor, turn_N: Tensor) -> Tensor:
-    """Directions that digits take in a split, ``turn_N`` counting through them; ``[N]``."""
-    held_out_N = torch.tensor(HELD_OUT_DIRECTIONS)[digits_N]
+def split_lanes(split: Split, digits_N: Tensor, directions_N: Tensor, turn_N: Tensor) -> Tensor:
+    """Lanes of a split, ``turn_N`` counting through them; ``[N]``.
+
+    Training takes two lanes for a digit and direction, and every digit and every direction in
+    every lane; the third lane is held out.
+    """
+    held_out_N = (digits_N + directions_N) % len(LANES)
     if split == "held_out":
         return held_out_N
-    others = len(DIRECTIONS) - 1
-    return (held_out_N + 1 + turn_N % others) % len(DIRECTIONS)
+    return (held_out_N + 1 + turn_N % (len(LANES) - 1)) % len(LANES)
 
 
 def make_clips(split: Split, num_clips: int, streams: Streams, epoch: int = 0) -> Clips:
@@ -132,11 +141,16 @@ def make_clips(split: Split, num_clips: int, streams: Streams, epoch: int = 0) -
     position = torch.arange(num_clips)
     order = streams.permutation("digits_order", len(images), split, epoch)
     chosen = order[position % len(images)]
-    # a training image meets each direction of its digit once in three rounds
-    directions = split_directions(split, labels[chosen], position // len(images) + chosen)
+    # every image meets every direction once in len(DIRECTIONS) rounds
+    turn = position // len(images) + chosen
+    directions = turn % len(DIRECTIONS)
+    lanes = split_lanes(split, labels[chosen], directions, turn // len(DIRECTIONS))
     generator = streams.generator("digits_start", split, epoch)
-    starts_N2 = torch.rand(num_clips, 2, generator=generator)
-    return Clips(move(enlarge(images)[chosen], directions, starts_N2), labels[chosen], directions)
+    bounds_N2 = torch.tensor(list(LANES.values()))[lanes]
+    place_N = torch.rand(num_clips, generator=generator) * (bounds_N2[:, 1] - bounds_N2[:, 0])
+    starts_N = (bounds_N2[:, 0] + place_N) / (FRAME_SIZE - DIGIT_SIZE + 1)
+    frames = move(enlarge(images)[chosen], directions, starts_N)
+    return Clips(frames, labels[chosen], directions, lanes)
 
 
 def to_video(frames_THW: Tensor) -> np.ndarray:
