@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -54,19 +56,11 @@ def load_cuda() -> tuple[ModuleType | None, str]:
         return None, f"the extension cannot be loaded ({error})"
 
 
-@lru_cache(maxsize=1)
-def load_triton() -> tuple[ModuleType | None, str]:
-    """The package ``triton`` and, where it is missing, the reason."""
-    try:
-        return importlib.import_module("triton"), ""
-    except ImportError as error:
-        return None, str(error)
-
-
-def is_interpreting() -> bool:
-    """Whether Triton's kernels run on the CPU, slowly, which TRITON_INTERPRET=1 asks for."""
-    module, _ = load_triton()
-    return module is not None and bool(module.knobs.runtime.interpret)
+# Facts of the process that torch.compile takes for constants; it cannot trace an import.
+_HAS_CPU = load_cpu()[0] is not None
+_HAS_TRITON = find_spec("triton") is not None
+_IS_INTERPRETING = _HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's kernels run on the CPU, slowly."""
 
 
 def status() -> dict[str, Backend]:
@@ -76,11 +70,9 @@ def status() -> dict[str, Backend]:
         cpu = Backend(False, f"the extension cannot be loaded ({reason})", BUILD_COMMAND)
     else:
         cpu = Backend(True, f"fp32 on the CPU, {module.isa()} on {platform.machine()}")
-    found, reason = load_triton()
-    if found is None:
-        triton = Backend(False, f"triton cannot be imported ({reason})", TRITON_COMMAND)
-    else:
-        triton = Backend(True, f"fp32, bf16 and fp16 on CUDA devices, triton {found.__version__}")
+    triton = Backend(False, "triton is not installed", TRITON_COMMAND)
+    if _HAS_TRITON:
+        triton = Backend(True, "fp32, bf16 and fp16 on CUDA devices")
     return {
         "cuda": _cuda_status(),
         "triton": triton,
@@ -100,9 +92,9 @@ def _cuda_status() -> Backend:
 
 def serves_cpu(*tensors: Tensor | None) -> bool:
     """True where the CPU extension is there and every tensor is fp32 on the CPU."""
-    if load_cpu()[0] is None:
-        return False
-    return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
+    return _HAS_CPU and all(
+        t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors
+    )
 
 
 def serves_triton(*tensors: Tensor | None, line: int = 1) -> bool:
@@ -119,8 +111,8 @@ def serves_triton(*tensors: Tensor | None, line: int = 1) -> bool:
     if any(t.device != device for t in given):
         return False
     if given[0].is_cuda:
-        return load_triton()[0] is not None
-    return device.type == "cpu" and is_interpreting()
+        return _HAS_TRITON
+    return _IS_INTERPRETING and device.type == "cpu"
 
 
 def triton_kernels(name: str) -> ModuleType:

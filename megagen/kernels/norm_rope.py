@@ -204,9 +204,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    squares = ctx.saved_tensors[4]
-    dx, dweight, dsquares = _norm_rope_backward(dy, *ctx.saved_tensors, ctx.num_features)
-    return dx, dweight, None, None, None if squares is None else dsquares, None, None
+    saved = ctx.saved_tensors  # once: activation recompute unpacks them only once
+    dx, dweight, dsquares = _norm_rope_backward(dy, *saved, ctx.num_features)
+    return dx, dweight, None, None, None if saved[4] is None else dsquares, None, None
 
 
 _norm_rope.register_autograd(_backward, setup_context=_save)

@@ -17,8 +17,8 @@ from megagen.layers.linear import mark_sequence_parallel, mark_tensor_parallel
 from megagen.parallel.comm import copy_to_tp, sum_over
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm with weight and bias in fp32; the output has the input's dtype.
+class _Affine(nn.Module):
+    """Weight and bias of a norm, fp32.
 
     Args:
         size: of the last axis.
@@ -34,9 +34,25 @@ class LayerNorm(nn.Module):
         self.eps = eps
         mark_sequence_parallel(self.parameters(), sequence_parallel)
 
+
+class LayerNorm(_Affine):
+    """LayerNorm with weight and bias in fp32; the output has the input's dtype."""
+
     def forward(self, x_SBD: Tensor) -> Tensor:
         """``[S, B, D]`` to the same."""
         return kernels.layernorm_affine(x_SBD, self.weight, self.bias, eps=self.eps)
+
+
+class ResidualLayerNorm(_Affine):
+    """A gated residual and the LayerNorm behind it, one kernel on a GPU."""
+
+    def forward(
+        self, x_SBD: Tensor, y_SBD: Tensor, gate_RBD: Tensor, rows_S: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``x + gate y`` and its norm, both like ``x``; a row of the gate a token by ``rows_S``."""
+        return kernels.gated_residual_layernorm_affine(
+            x_SBD, y_SBD, gate_RBD, self.weight, self.bias, rows_S, eps=self.eps
+        )
 
 
 class HeadsRMSNorm(nn.Module):

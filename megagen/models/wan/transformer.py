@@ -33,7 +33,7 @@ from megagen.layers.checkpointing import sharded_parameters
 from megagen.layers.embeddings import ImageEmbedder, TextEmbedder, TimeEmbedder
 from megagen.layers.linear import ReplicatedLinear, mark_sequence_parallel
 from megagen.layers.mlp import MLP
-from megagen.layers.norm import LayerNorm
+from megagen.layers.norm import ResidualLayerNorm
 from megagen.layers.patch import patchify, token_grid, unpatchify
 from megagen.layers.rope import RotaryTables
 from megagen.layers.tokens import TokenShard
@@ -97,9 +97,9 @@ class WanBlock(nn.Module):
         self.attn2 = CrossAttention(
             config, pg, backend=backend, eps=arch.eps, has_image=arch.added_kv_proj_dim is not None
         )
-        self.norm2: nn.Module = nn.Identity()
+        self.norm2: nn.Module | None = None
         if arch.cross_attn_norm:
-            self.norm2 = LayerNorm(size, eps=arch.eps, sequence_parallel=sharded)
+            self.norm2 = ResidualLayerNorm(size, eps=arch.eps, sequence_parallel=sharded)
         self.mlp = MLP(config, pg.tp)
 
     def forward(
@@ -117,9 +117,15 @@ class WanBlock(nn.Module):
         """``[S_local, B, D]`` to the same; ``cos`` and ``sin`` are of the CP rank's tokens."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.scale_shift_table(rows_RB6D)
         x = kernels.layernorm_modulate(hidden_SBD, scale1, shift1, rows_S, eps=self.eps)
-        hidden = kernels.gated_residual(hidden_SBD, self.attn1(x, cos, sin, shard), gate1, rows_S)
-        hidden = hidden + self.attn2(self.norm2(hidden), text_LBD, image_LBD)
-        x = kernels.layernorm_modulate(hidden, scale2, shift2, rows_S, eps=self.eps)
+        y = self.attn1(x, cos, sin, shard)
+        if self.norm2 is None:
+            hidden = x = kernels.gated_residual(hidden_SBD, y, gate1, rows_S)
+        else:
+            hidden, x = self.norm2(hidden_SBD, y, gate1, rows_S)
+        y = self.attn2(x, text_LBD, image_LBD)
+        hidden, x = kernels.gated_residual_layernorm_modulate(
+            hidden, y, None, scale2, shift2, rows_S, eps=self.eps
+        )
         return kernels.gated_residual(hidden, self.mlp(x), gate2, rows_S)
 
 

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from megagen.kernels.triton import bias_gelu, layernorm, norm_rope, residual, segments
+from megagen.kernels.triton import (
+    bias_gelu,
+    layernorm,
+    losses,
+    norm_rope,
+    norm_rope_tile,
+    residual,
+    segments,
+)
 from megagen.kernels.triton.launch import block_of, warps_of
 from tests.kernels.triton.compiled import ARCHITECTURES, Counts, compile_kernel
 
@@ -19,10 +27,15 @@ POINTERS: dict[str, str] = {
     **dict.fromkeys(("DSHIFT", "MORE_SHIFT", "DWEIGHT", "MORE_WEIGHT"), "*fp32"),
     **dict.fromkeys(("DBIAS", "MORE_BIAS", "TOTAL", "SQUARES", "DSQUARES"), "*fp32"),
     **dict.fromkeys(("A", "MORE_A", "B", "MORE_B", "C", "MORE_C"), "*fp32"),
-    "ROWS": "*i64",
-    "eps": "fp32",
+    **dict.fromkeys(("PREDICTION", "X0", "NOISE", "REAL", "FAKE", "GRAD", "DMEAN"), "*bf16"),
+    **dict.fromkeys(("PARTIAL", "DLOSS"), "*fp32"),
+    **dict.fromkeys(("ROWS", "TOKENS"), "*i64"),
+    **dict.fromkeys(("eps", "factor"), "fp32"),
 }
-SMALL = {"batch", "run", "num_rows", "lanes", "per_row", "mod_batch", "num_lines", "num_features"}
+SMALL = {
+    *("batch", "run", "num_rows", "lanes", "per_row", "mod_batch", "num_lines", "num_features"),
+    *("heads", "blocks", "frames"),
+}
 """Integers that need not divide by 16; sizes and strides do."""
 
 
@@ -99,3 +112,29 @@ def test_bias_gelu(target: int) -> None:
 @pytest.mark.parametrize("target", ARCHITECTURES)
 def test_column_sums(target: int) -> None:
     compiled(segments.add_more, target, 4, {"COLUMNS": 128, "LINES": 32})
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("given", ["own", "reduced"])
+def test_norm_rope_tile(head_dim: int, given: str) -> None:
+    tile = {"K": head_dim, "LANES": head_dim, "SLOTS": norm_rope_tile.SLOTS}
+    squares = {"SQUARES": None} if given == "own" else {}
+    counts = compiled(norm_rope_tile.forward_kernel, 90, 8, {**tile, **squares})
+    assert counts.wide_loads > 0 and counts.wide_stores > 0
+    squares = {"DSQUARES": None} if given == "own" else {}
+    counts = compiled(norm_rope_tile.backward_kernel, 90, 8, {**tile, **squares})
+    assert counts.wide_loads > 0 and counts.wide_stores > 0
+
+
+@pytest.mark.parametrize("target", [80, 100])
+def test_norm_rope_tile_elsewhere(target: int) -> None:
+    tile = {"K": 128, "LANES": 128, "SLOTS": norm_rope_tile.SLOTS}
+    compiled(norm_rope_tile.backward_kernel, target, 8, {**tile, "DSQUARES": None})
+
+
+@pytest.mark.parametrize(
+    "name", ["flow_kernel", "flow_backward_kernel", "vsd_kernel", "vsd_backward_kernel"]
+)
+def test_losses(name: str) -> None:
+    counts = compiled(getattr(losses, name), 90, 8, {"PIECE": losses._PIECE})
+    assert counts.wide_loads > 0

@@ -51,7 +51,7 @@ def run_pytest(file: Path, environment: dict[str, str], *, plugin: bool, timeout
         pytest.fail(f"{file.name}: exit status {done.returncode}\n{output}", pytrace=False)
 
 
-def run_interpreted(file: Path, timeout: float = 600) -> None:
+def run_interpreted(file: Path, timeout: float = 900) -> None:
     """Run a file's tests on the CPU by Triton's interpreter."""
     run_pytest(file, {"TRITON_INTERPRET": "1"}, plugin=True, timeout=timeout)
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 FILES = sorted(HERE.glob("interpreted_*.py"))
 
 
-@pytest.mark.timeout(660)
+@pytest.mark.timeout(960)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_interpreted(file: Path) -> None:
     run_interpreted(file)
