@@ -24,9 +24,9 @@ STUDENT_STEPS: Mapping[int, tuple[float, ...]] = {
 }
 """Number of steps to the timesteps that the student is sampled at.
 
-They are not all those it is trained at (1000, 900, 750, 500): three steps at much noise narrow the
-samples, and two more at little noise keep what two steps reach. Chosen with other noise than the
-demo's.
+They are not all those it is trained at: three steps at much noise narrow the samples, and two more
+at little noise keep what two steps reach. ``megagen.demo.choose`` compares such lists on captions
+and clips of the training.
 """
 
 
