@@ -45,10 +45,13 @@ if TYPE_CHECKING:
 RUNS = ("forcing", "causal_kd", "self_forcing")
 """Names of the three runs and of their folders."""
 CAUSAL_STEPS: Mapping[int, tuple[float, ...]] = {
-    4: (1000.0, 900.0, 750.0, 500.0, 0.0),
+    4: (1000.0, 750.0, 300.0, 115.385, 0.0),
     2: (1000.0, 750.0, 0.0),
 }
-"""Number of steps a block to the timesteps at which the causal student is streamed."""
+"""Number of steps a block to the timesteps at which the causal student is streamed.
+
+Those it is trained at, and the first two of them.
+"""
 _TIMED_CLIPS = 12
 
 WORDS = Words(
@@ -87,7 +90,7 @@ class CausalOptions:
     self_forcing: Path = Path("configs/demo/self_forcing.yaml")
     num_ranks: int = 2
     num_paths: int = 320
-    guidance_scale: float = 1.25
+    guidance_scale: float = 3.0
     forcing_steps: int | None = None
     kd_steps: int | None = None
     self_forcing_steps: int | None = None
