@@ -43,7 +43,7 @@ CODEC = {
     "offset": -0.8,
     "scale": 0.5,
 }
-TEXT_ENCODER = {"name": "hashed", "dim": 64, "max_length": 5}
+TEXT_ENCODER = {"name": "hashed", "dim": 64, "max_length": 6}
 WEIGHTS = Path(__file__).parent / "weights"
 """The teacher that comes with megagen."""
 GRID = 40
