@@ -24,6 +24,13 @@ def _token_places(batch, head, tokens, strides_b, strides_s, strides_h, D: tl.co
 
 
 @triton.jit
+def _packed_places(batch, head, tokens, num_tokens, heads, D: tl.constexpr):
+    """The same in a contiguous ``[B, S, H, D]``."""
+    rows = (batch.to(tl.int64) * num_tokens + tokens) * heads + head
+    return rows[:, None] * D + tl.arange(0, D)[None, :]
+
+
+@triton.jit
 def tile_pool_kernel(
     x, slots, mean, slot_to_raster, sizes, num_blocks, heads, stride_b, stride_s, stride_h,
     D: tl.constexpr,
@@ -54,9 +61,7 @@ def tile_pool_backward_kernel(
     share = tl.load(dmean + ((first + slot // 64) * D)[:, None] + dims).to(tl.float32)
     size = tl.maximum(tl.load(sizes + slot // 64), 1).to(tl.float32)
     own = tl.load(dslots + ((first * 64 + slot) * D)[:, None] + dims).to(tl.float32)
-    places = _token_places(
-        line // heads, line % heads, tokens, num_tokens * heads * D, heads * D, D, D
-    )
+    places = _packed_places(line // heads, line % heads, tokens, num_tokens, heads, D)
     found = (own + share / size[:, None]).to(dx.dtype.element_ty)
     tl.store(dx + places, found, mask=is_token[:, None])
 
@@ -79,7 +84,7 @@ def untile_combine_kernel(
         places = _token_places(batch, head, tokens, stride_b, stride_s, stride_h, D)
         coarse *= tl.load(gate + places, mask=is_token[:, None], other=0.0).to(tl.float32)
     found = coarse + tl.load(o + ((first * 64 + slot) * D)[:, None] + dims).to(tl.float32)
-    places = _token_places(batch, head, tokens, num_tokens * heads * D, heads * D, D, D)
+    places = _packed_places(batch, head, tokens, num_tokens, heads, D)
     tl.store(out + places, found.to(out.dtype.element_ty), mask=is_token[:, None])
 
 
@@ -93,7 +98,7 @@ def untile_combine_backward_kernel(
     batch, head = line // heads, line % heads
     tokens = tl.load(slot_to_raster + block * 64 + tl.arange(0, 64))
     is_token = (tokens >= 0)[:, None]
-    places = _token_places(batch, head, tokens, num_tokens * heads * D, heads * D, D, D)
+    places = _packed_places(batch, head, tokens, num_tokens, heads, D)
     grad = tl.load(dout + places, mask=is_token, other=0.0).to(tl.float32)
     at = line.to(tl.int64) * num_blocks + block
     store_block(do, at * 64, grad, D)
