@@ -24,7 +24,7 @@ from tests.models.wan_causal_cases import GRID, Masked, Reference, Rule, make_re
 
 # 1 x 3 tokens a frame; runs of frames that 2 does not divide make tiles that are not all alike
 TILE = (2, 1, 2)
-VSA = {"sparsity": 0.5, "tile": TILE, "kernels": "reference"}
+VSA = {"sparsity": 0.5, "tile": TILE}
 RULES = {
     "chunks": Rule(3),
     "first_alone": Rule(2, first_alone=True),
