@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,7 +17,8 @@ from megagen.core.registry import resolve
 from megagen.engine.settings import EMASettings, OptimizerSettings, RoleSettings
 from megagen.methods import METHODS
 from megagen.methods.base import TrainingMethod
-from megagen.models.base import Passes
+from megagen.models.base import ModelPlugin, Passes
+from megagen.models.heads import HeadsLoad
 
 BUILT_IN = {"ema": EMAOptions, "grad_clip": GradClipOptions}
 """Callback names that set the engine rather than hook into the loop (FastVideo's names)."""
@@ -47,6 +49,12 @@ def passes(config: RunConfig) -> dict[str, Passes]:
     """What a step of the config's method asks of each role."""
     cls, options = method_of(config)
     return cls.passes(options)
+
+
+def heads_load(config: RunConfig, plugins: Mapping[str, ModelPlugin]) -> HeadsLoad | None:
+    """What the config's method trains beside the roles."""
+    cls, options = method_of(config)
+    return cls.heads_load(options, plugins)
 
 
 def role_settings(config: RunConfig, name: str) -> RoleSettings:

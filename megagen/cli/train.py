@@ -69,16 +69,16 @@ def run_training(config: Any, *, ranks: int, fork: bool, dry_run: bool = False) 
 
     plugins = builder.build_plugins(config)
     check(config, plugins, ranks)
-    passes = settings.passes(config)
+    asked = settings.passes(config), settings.heads_load(config, plugins)
     if dry_run:
         shape, text_len = builder.sample_shape(config, plugins["student"], required=False)
-        print(describe(config, plugins, ranks, shape, text_len, passes))
+        print(describe(config, plugins, ranks, shape, text_len, *asked))
         return
     shape, text_len = builder.sample_shape(config, plugins["student"], required=True)
     for name, plugin in plugins.items():
         builder.weight_store(config, name, plugin, Streams(config.training.seed))
     if int(os.environ.get("RANK", "0")) == 0:
-        print(describe(config, plugins, ranks, shape, text_len, passes), file=sys.stderr)
+        print(describe(config, plugins, ranks, shape, text_len, *asked), file=sys.stderr)
     if fork:
         code = start_ranks(ranks, _train_here, config, plugins, timeout=_timeout(config))
     else:

@@ -34,6 +34,7 @@ from megagen.fastgen.video_discriminators import Discriminator_VideoDiT
 from megagen.methods.few_step import noised, sigma_of
 from megagen.methods.scores import broadcast
 from megagen.models.base import ModelPlugin, Request
+from megagen.models.heads import HeadsLoad
 
 
 class DiscriminatorOptions(StrictOptions):
@@ -76,6 +77,19 @@ class DiscriminatorOptions(StrictOptions):
             )
         return sorted(set(found))
 
+    def module(
+        self, plugin: ModelPlugin, generator: torch.Generator | None
+    ) -> Discriminator_VideoDiT:
+        """The heads for a network's features; ``generator`` draws their weights."""
+        return Discriminator_VideoDiT(
+            self.blocks(plugin.num_layers),
+            plugin.num_layers,
+            plugin.hidden_size,
+            head=self.head,
+            width=self.width,
+            generator=generator,
+        )
+
     def optimizer(self, base: OptimizerSettings) -> OptimizerSettings:
         """The run's settings with what is given here."""
         keys = ("learning_rate", "betas", "weight_decay", "max_grad_norm")
@@ -106,6 +120,25 @@ class GANOptions(StrictOptions):
     def has_discriminator(self) -> bool:
         """Whether there are adversarial terms."""
         return self.gan_loss_weight_gen > 0
+
+    def heads_load(self, plugins: Mapping[str, ModelPlugin]) -> HeadsLoad | None:
+        """What plans count for the heads; None where there are none."""
+        own = self.discriminator
+        if not self.has_discriminator:
+            return None
+        plugin = plugins[own.feature_source]
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in own.module(plugin, None).parameters())
+        return HeadsLoad(
+            source=own.feature_source,
+            num_features=len(own.blocks(plugin.num_layers)),
+            num_inputs=2 + (self.gan_r1_reg_weight > 0),
+            parameters=parameters,
+            # a map to the head's width and two more of its size, or normed tokens, keys, values
+            kept_per_token=3 * own.width
+            if own.head != "attention"
+            else plugin.hidden_size + 2 * own.width,
+        )
 
     def check_gan(self, plugins: Mapping[str, ModelPlugin]) -> None:
         """Raise ``ConfigError`` where the terms contradict each other or the networks."""
@@ -143,7 +176,7 @@ class Adversary:
     Args:
         options: weights and heads.
         roles: one of which lends its features.
-        streams: of the run, for the first weights.
+        streams: of the run, for the first weights and R1.
         base: ``training.optimizer``.
     """
 
@@ -155,18 +188,26 @@ class Adversary:
         base: OptimizerSettings,
     ) -> None:
         own = options.discriminator
-        self.options, self.source = options, roles[own.feature_source]
+        self.options, self.streams = options, streams
+        self.source = roles[own.feature_source]
         plugin = self.source.plugin
         self.blocks = own.blocks(plugin.num_layers)
-        self.heads = Discriminator_VideoDiT(
-            self.blocks,
-            plugin.num_layers,
-            plugin.hidden_size,
-            head=own.head,
-            width=own.width,
-            generator=streams.generator("discriminator"),
-        )
+        self.heads = own.module(plugin, streams.generator("discriminator"))
         self.head = Head("discriminator", self.heads, own.optimizer(base))
+
+    def draw(
+        self,
+        x0: Tensor,
+        timestep_B: Tensor,
+        noise_BCTHW: Tensor,
+        step: int,
+        positions: Sequence[int],
+    ) -> RealDraw:
+        """A micro-batch of data, how it is noised, and R1's perturbation of it."""
+        r1 = None
+        if self.options.gan_r1_reg_weight > 0:
+            r1 = self.streams.normal("real/r1_noise", step, positions, x0.shape[1:]).to(x0)
+        return RealDraw(x0, timestep_B, noise_BCTHW, r1)
 
     def sample_gradient(self, noisy: Sequence[Request]) -> tuple[list[Tensor], list[Tensor]]:
         """What the student is told of its noised samples.

@@ -25,6 +25,7 @@ from megagen.engine.head import Head
 from megagen.engine.role import LossFn, Role
 from megagen.engine.settings import OptimizerSettings
 from megagen.models.base import ModelPlugin, Passes, Request
+from megagen.models.heads import HeadsLoad
 
 
 @dataclass
@@ -167,6 +168,11 @@ class TrainingMethod(ABC):
     def passes(cls, options: Any) -> dict[str, Passes]:
         """What a step asks of each role: for plans and measured FLOP/s."""
         return {name: Passes(training=1.0) for name in cls.trained_roles}
+
+    @classmethod
+    def heads_load(cls, options: Any, plugins: Mapping[str, ModelPlugin]) -> HeadsLoad | None:
+        """What is trained beside the roles, for plans; None: nothing."""
+        return None
 
     def prepare(self) -> Mapping[str, Role]:
         """Do what ``survey`` found, before the first step; collective.

@@ -33,6 +33,7 @@ from megagen.methods.dmd2_options import DMD2Options
 from megagen.methods.few_step import noised, x0_of
 from megagen.methods.scores import Unconditional
 from megagen.models.base import ModelPlugin, Passes, Request
+from megagen.models.heads import HeadsLoad
 
 log = get_logger(__name__)
 
@@ -111,6 +112,13 @@ class DMD2Method(TrainingMethod):
         return options.passes()
 
     @classmethod
+    def heads_load(
+        cls, options: DMD2Options, plugins: Mapping[str, ModelPlugin]
+    ) -> HeadsLoad | None:
+        """The discriminator's."""
+        return options.heads_load(plugins)
+
+    @classmethod
     def optimizer_options(cls, options: DMD2Options, role: str) -> dict[str, Any]:
         """``fake_score_*`` are the critic's."""
         return options.critic_optimizer() if role == "critic" else {}
@@ -148,7 +156,10 @@ class DMD2Method(TrainingMethod):
         drawn = Draw(rollout, timestep_B, noise)
         if self.adversary is None or loss == "student":
             return drawn
-        return replace(drawn, real=self.draw_real(batch, step, drawn))
+        if not self.options.gan_use_same_t_noise:
+            timestep_B, noise = self.draw_scores(batch, step, "real")
+        real = self.adversary.draw(self.data(batch), timestep_B, noise, step, batch.positions)
+        return replace(drawn, real=real)
 
     def draw_rollout(self, batch: Batch, step: int, purpose: str) -> Any:
         """The random numbers of the student's samples."""
@@ -170,18 +181,6 @@ class DMD2Method(TrainingMethod):
         )
         noise = streams.normal(f"{purpose}/score_noise", step, positions, batch.latent_shape)
         return timestep_B, noise.to(process.device())
-
-    def draw_real(self, batch: Batch, step: int, fake: Draw) -> RealDraw:
-        """Data for the discriminator, noised as the samples are or by draws of their own."""
-        o, noised_as = self.options, (fake.timestep_B, fake.noise_BCTHW)
-        if not o.gan_use_same_t_noise:
-            noised_as = self.draw_scores(batch, step, "real")
-        r1 = None
-        if o.gan_r1_reg_weight > 0:
-            shape = batch.latent_shape
-            r1 = self.streams.normal("real/r1_noise", step, batch.positions, shape)
-            r1 = r1.to(process.device())
-        return RealDraw(self.data(batch), *noised_as, r1)
 
     def data(self, batch: Batch) -> Tensor:
         """The micro-batch's clean latents, normalised."""

@@ -149,7 +149,9 @@ class DMD2Options(ScoreTimeOptions, GANOptions):
             1 + (self.fake_score_guidance_scale != 1),
         )
         found = {
-            "student": Passes(down * (of_student + own_rollouts) + own_rollouts, of_student),
+            "student": Passes(
+                down * (of_student + own_rollouts) + own_rollouts, of_student, is_scored=True
+            ),
             "teacher": Passes(guided[0] * of_student),
             "critic": Passes(guided[1] * of_student, of_critic),
         }

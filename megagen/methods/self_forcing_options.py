@@ -60,9 +60,14 @@ class SelfForcingOptions(DMD2Options):
         return super().rollout_passes + 1
 
     def passes(self) -> dict[str, Passes]:
-        """DMD2's, and the caches that wait for the blocks' backward passes."""
+        """DMD2's, block by block, and the caches that wait for the blocks' backward passes."""
         found = super().passes()
-        found["student"] = found["student"]._replace(cached=self.micro_batches_at_once or math.inf)
+        found["student"] = found["student"]._replace(
+            cached=self.micro_batches_at_once or math.inf,
+            is_scored=False,  # the graphs are made when the scores are there
+            by_block=True,
+            video_frames=self.num_training_frames,
+        )
         return found
 
     def check(self, plugins: Mapping[str, ModelPlugin]) -> None:

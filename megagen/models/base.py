@@ -72,11 +72,17 @@ class Passes(NamedTuple):
         forward: without gradient.
         training: with it.
         cached: micro-batches of a data rank whose keys and values are held at once; at most all.
+        is_scored: other networks are asked between a training pass's forward and its backward.
+        by_block: a training pass is one block of frames, which continues a cache.
+        video_frames: latent frames of the longest video that is made; None: a sample's.
     """
 
     forward: float = 0.0
     training: float = 0.0
     cached: float = 0.0
+    is_scored: bool = False
+    by_block: bool = False
+    video_frames: int | None = None
 
     def in_forwards(self, *, is_adapted: bool) -> float:
         """The work in forward passes: a training pass is three, two where the base is frozen."""
