@@ -23,7 +23,7 @@ from megagen.core.streams import Streams
 from megagen.demo import clips as clip_sets
 from megagen.demo import digits, processes
 from megagen.demo.digits import Clips
-from megagen.demo.distil import Phase, export, steps_of, write_prompts
+from megagen.demo.distil import DistilOptions, Phase, export, steps_of, write_prompts
 from megagen.demo.report import DemoResult
 from megagen.demo.rows import (
     Checkpoint,
@@ -90,7 +90,7 @@ class CausalOptions:
     self_forcing: Path = Path("configs/demo/self_forcing.yaml")
     num_ranks: int = 2
     num_paths: int = 320
-    guidance_scale: float = 3.0
+    guidance_scale: float = DistilOptions.guidance_scale
     forcing_steps: int | None = None
     kd_steps: int | None = None
     self_forcing_steps: int | None = None
@@ -163,7 +163,6 @@ def make_causal(options: CausalOptions, teacher: Path, out: Path, phase: Phase) 
             "models.student.init_from": out / "kd_student",
             "models.teacher.init_from": teacher,
             "models.critic.init_from": teacher,
-            "method.real_score_guidance_scale": options.guidance_scale,
             **steps_of(options.self_forcing_steps, parts=4),
         }
         train(options.self_forcing, out / "self_forcing", options.num_ranks, own)
