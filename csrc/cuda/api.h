@@ -50,6 +50,16 @@ typedef struct {
 } MegagenForward;
 MegagenError megagen_vsa_forward(const MegagenForward* a);
 
+/* The way back from `out`: its gradient grad [B, tokens, H, D] -> that of o in blocks, tiled
+ * [BH, num_q, 64, D] with zeros in empty slots, of the gate, dgate like grad, and of coarse, dcoarse. */
+typedef struct {
+  uint64_t grad, gate, coarse, tiled, dgate, dcoarse, token;
+  int64_t sequences, tokens;
+  int32_t heads, num_q, dim, fp16;
+  uint64_t stream;
+} MegagenCombine;
+MegagenError megagen_combine_backward(const MegagenCombine* a);
+
 /* bf16. grad like o; dlse 0 or like lse; stats: scratch [BH, num_q, 128] fp32, filled first. entries and
  * counts of query pairs (width: of one pair's list); key_* of key pairs, whose lists of a sequence are
  * key_width long. fast: dq is summed by atomic additions in fp32 scratch dq32 (like dq, any contents). */

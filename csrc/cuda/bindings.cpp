@@ -30,6 +30,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("merge_lists", caller(megagen_merge_lists));
   m.def("transpose", caller(megagen_transpose));
   m.def("vsa_forward", caller(megagen_vsa_forward));
+  m.def("combine_backward", caller(megagen_combine_backward));
   m.def("vsa_backward", caller(megagen_vsa_backward));
   m.def("gather_probe", caller(megagen_gather_probe));
   {
@@ -67,5 +68,12 @@ PYBIND11_MODULE(_cuda, m) {
     py::class_<Args>(m, "Probe").def(py::init([] { return Args{}; }))
         MG_FIELD(k) MG_FIELD(v) MG_FIELD(entries) MG_FIELD(counts) MG_FIELD(sequences) MG_FIELD(pairs)
         MG_FIELD(num_k) MG_FIELD(width) MG_FIELD(dim) MG_FIELD(stream);
+  }
+  {
+    using Args = MegagenCombine;
+    py::class_<Args>(m, "Combine").def(py::init([] { return Args{}; }))
+        MG_FIELD(grad) MG_FIELD(gate) MG_FIELD(coarse) MG_FIELD(tiled) MG_FIELD(dgate) MG_FIELD(dcoarse)
+        MG_FIELD(token) MG_FIELD(sequences) MG_FIELD(tokens) MG_FIELD(heads) MG_FIELD(num_q) MG_FIELD(dim)
+        MG_FIELD(fp16) MG_FIELD(stream);
   }
 }

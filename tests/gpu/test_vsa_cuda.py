@@ -15,7 +15,15 @@ from megagen.core.process import device
 from megagen.kernels.vsa.backends import cuda, reference
 from megagen.kernels.vsa.index import Lists
 from megagen.kernels.vsa.probe import GatherProbe
-from tests.kernels.cuda.cases import Case, check, draw, error, expect, run
+from tests.kernels.cuda.cases import (
+    Case,
+    check,
+    check_combine_backward,
+    draw,
+    error,
+    expect,
+    run,
+)
 
 pytestmark = pytest.mark.gpu
 TINY = (1, 4, 8, 16, 60)
@@ -140,6 +148,14 @@ def test_the_epilogue_combines_and_untiles(dim: int, seeded: torch.Generator) ->
     wanted[:, places] = expect(case)["o"][:, :, is_real].transpose(1, 2)
     wanted[:, places] += gate.double()[:, places] * spread
     assert error(out, wanted) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_gradient_of_the_epilogue(
+    dim: int, dtype: torch.dtype, seeded: torch.Generator
+) -> None:
+    check_combine_backward(seeded, device(), dim, dtype)
 
 
 def test_addresses_beyond_32_bits(seeded: torch.Generator) -> None:

@@ -123,3 +123,34 @@ def error(found: Tensor, expected: Tensor) -> float:
     norm = expected.double().norm()
     value = (found.double() - expected.double()).norm() / norm.clamp(min=1e-300)
     return float(value.nan_to_num(nan=torch.inf)) if norm else float(found.double().norm())
+
+
+def check_combine_backward(
+    generator: torch.Generator, device: torch.device, dim: int, dtype: torch.dtype
+) -> None:
+    """The gradient of ``o + gate * coarse``, in fp64 by autograd."""
+    num_q, batch = 7, 2
+    sizes = torch.randint(0, 65, (num_q,), generator=generator)
+    is_real = (torch.arange(64) < sizes[:, None]).flatten()
+    tokens = int(is_real.sum())
+    token_Q = torch.full((64 * num_q,), -1, dtype=torch.int32)
+    token_Q[is_real] = torch.randperm(tokens, generator=generator).int()
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    grad, gate = normal(batch, tokens, 2, dim), normal(batch, tokens, 2, dim)
+    coarse = normal(batch, 2, num_q, dim)
+    given = (x.to(device) for x in (grad, gate, coarse, token_Q))
+    tiled, dgate, dcoarse = cuda.combine_backward(*given)
+
+    o = torch.zeros(batch, 2, 64 * num_q, dim, dtype=torch.float64, requires_grad=True)
+    leaves = [x.double().requires_grad_() for x in (gate, coarse)]
+    places = token_Q[is_real].long()
+    spread = leaves[1].repeat_interleave(64, 2)[:, :, is_real].transpose(1, 2)
+    own = o[:, :, is_real].transpose(1, 2)
+    out = own + leaves[0][:, places] * spread
+    exact = torch.autograd.grad(out, [o, *leaves], grad[:, places].double())
+    assert torch.equal(tiled.cpu().double(), exact[0])
+    for found, expected in zip((dgate, dcoarse), exact[1:], strict=True):
+        assert error(found.cpu(), expected) < (4e-3 if dtype == torch.bfloat16 else 5e-4)

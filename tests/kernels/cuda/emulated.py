@@ -27,7 +27,10 @@ ROOT = Path(__file__).parents[3]
 KERNELS = ROOT / "csrc" / "cuda"
 EMULATOR = Path(__file__).parent / "emulator"
 SOURCES = [
-    *(KERNELS / name for name in ("forward.cu", "backward.cu", "lists.cu", "probe.cu")),
+    *(
+        KERNELS / name
+        for name in ("forward.cu", "backward.cu", "combine.cu", "lists.cu", "probe.cu")
+    ),
     KERNELS / "bindings.cpp",
     *sorted(EMULATOR.glob("*.cpp")),
 ]

@@ -12,8 +12,18 @@ from torch import Tensor
 from megagen.kernels.vsa.backends import cuda
 from megagen.kernels.vsa.index import BlockIndex, map_from_index, transpose_index
 from megagen.kernels.vsa.probe import GatherProbe
-from tests.kernels.cuda.cases import Case, check, draw, error, expect, run
+from tests.kernels.cuda.cases import (
+    Case,
+    check,
+    check_combine_backward,
+    draw,
+    error,
+    expect,
+    run,
+)
 from tests.kernels.cuda.emulated import Emulated
+
+pytestmark = pytest.mark.timeout(900)  # the first one waits for g++
 
 
 @pytest.mark.parametrize("is_eager", [False, True], ids=["late", "early"])
@@ -123,6 +133,14 @@ def test_the_epilogue_combines_and_untiles(
     assert error(out, wanted + gate.double() * combined) < 5e-3
     again, none, _ = cuda.fine_forward_combined(*given, keep=False)
     assert none is None and torch.equal(again, out)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_gradient_of_the_epilogue(
+    emulated: Emulated, dim: int, dtype: torch.dtype, seeded: torch.Generator
+) -> None:
+    check_combine_backward(seeded, torch.device("cpu"), dim, dtype)
 
 
 def entries_of(row: Tensor, count: int) -> list[tuple[int, int, int]]:

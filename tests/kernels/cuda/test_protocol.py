@@ -8,6 +8,7 @@ import pytest
 
 from tests.kernels.cuda.emulated import Emulated
 
+pytestmark = pytest.mark.timeout(900)  # the first one waits for g++
 IMPATIENT, TOO_FAR, TOO_EARLY, FORGETFUL, WRONG_PHASE = range(1, 6)
 
 

@@ -90,6 +90,31 @@ def fine_forward_combined(
     return out, kept, _forward(q_BHQD, k_BHKD, v_BHKD, lists, scale, o=kept, **epilogue)
 
 
+def combine_backward(
+    grad_BSHD: Tensor, gate_BSHD: Tensor, coarse_BHqD: Tensor, token_Q: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of what ``fine_forward_combined`` adds up, with the tiling undone in one pass.
+
+    Args:
+        grad_BSHD: of its first result.
+        gate_BSHD: as given to it; so are ``coarse`` and ``token``.
+
+    Returns:
+        That of ``o``, ``[B, H, Q, D]`` with zeros in empty slots, for ``fine_backward``; of the
+        gate; of ``coarse``, summed in a fixed order.
+    """
+    batch, heads, num_q, dim = coarse_BHqD.shape
+    tiled = grad_BSHD.new_empty(batch, heads, token_Q.numel(), dim)
+    dgate, dcoarse = torch.empty_like(gate_BSHD), torch.empty_like(coarse_BHqD)
+    args = _module().Combine()
+    _fill(args, grad=grad_BSHD, gate=gate_BSHD, coarse=coarse_BHqD, token=token_Q)
+    _fill(args, tiled=tiled, dgate=dgate, dcoarse=dcoarse, sequences=batch * heads)
+    _fill(args, tokens=gate_BSHD.size(1), heads=heads, num_q=num_q, dim=dim)
+    _fill(args, fp16=int(grad_BSHD.dtype == torch.float16))
+    _run("combine_backward", args, grad_BSHD)
+    return tiled, dgate, dcoarse
+
+
 def fine_backward(
     do_BHQD: Tensor,
     dlse_BHQ: Tensor | None,
