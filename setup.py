@@ -29,12 +29,21 @@ CPU_FLAGS = [
     "-ffp-contract=fast",
     "-fopenmp",
     "-fvisibility=hidden",
+    "-g0",
     "-Wall",
 ]
-CPU_OPS = ("layernorm", "residual", "norm_rope", "bias_gelu")
+CPU_OPS = (
+    *("layernorm", "residual", "norm_rope", "bias_gelu"),
+    *(f"vsa_{part}" for part in ("forward", "backward", "coarse", "glue")),
+)
 CPU_VARIANTS = {"generic": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     CPU_VARIANTS["avx2"] = ["-mavx2", "-mfma"]
+    CPU_VARIANTS["avx512"] = [
+        *CPU_VARIANTS["avx2"],
+        *(f"-mavx512{part}" for part in ("f", "vl", "dq", "bw")),
+        "-mprefer-vector-width=512",
+    ]
     CPU_VARIANTS["avx512"] = [
         *CPU_VARIANTS["avx2"],
         *(f"-mavx512{part}" for part in ("f", "vl", "dq", "bw")),
@@ -90,7 +99,7 @@ class CudaExtension(Extension):
             [str(folder / "bindings.cpp")],
             include_dirs=[pybind11.get_include(), str(folder)],
             language="c++",
-            extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden", "-Wall"],
+            extra_compile_args=["-std=c++17", "-O1", "-g0", "-fvisibility=hidden", "-Wall"],
             libraries=["cudart_static", "rt", "pthread", "dl"],
             depends=list(map(str, [*sorted(folder.glob("*.cu")), *headers])),
             optional=build_mode("MEGAGEN_BUILD_CUDA") == "auto",
@@ -201,7 +210,7 @@ if build_mode("MEGAGEN_BUILD_CPU") != "0":
     extensions.append(
         CpuExtension(
             "megagen._cpu",
-            ["csrc/cpu/bindings.cpp"],
+            ["csrc/cpu/bindings.cpp", "csrc/cpu/vsa_bindings.cpp"],
             variants=[f"csrc/cpu/{op}.cpp" for op in CPU_OPS],
         )
     )
