@@ -29,12 +29,21 @@ CPU_FLAGS = [
     "-ffp-contract=fast",
     "-fopenmp",
     "-fvisibility=hidden",
+    "-g0",
     "-Wall",
 ]
-CPU_OPS = ("layernorm", "residual", "norm_rope", "bias_gelu")
+CPU_OPS = (
+    *("layernorm", "residual", "norm_rope", "bias_gelu"),
+    *(f"vsa_{part}" for part in ("forward", "backward", "coarse", "glue")),
+)
 CPU_VARIANTS = {"generic": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     CPU_VARIANTS["avx2"] = ["-mavx2", "-mfma"]
+    CPU_VARIANTS["avx512"] = [
+        *CPU_VARIANTS["avx2"],
+        *(f"-mavx512{part}" for part in ("f", "vl", "dq", "bw")),
+        "-mprefer-vector-width=512",
+    ]
     CPU_VARIANTS["avx512"] = [
         *CPU_VARIANTS["avx2"],
         *(f"-mavx512{part}" for part in ("f", "vl", "dq", "bw")),
@@ -201,7 +210,7 @@ if build_mode("MEGAGEN_BUILD_CPU") != "0":
     extensions.append(
         CpuExtension(
             "megagen._cpu",
-            ["csrc/cpu/bindings.cpp"],
+            ["csrc/cpu/bindings.cpp", "csrc/cpu/vsa_bindings.cpp"],
             variants=[f"csrc/cpu/{op}.cpp" for op in CPU_OPS],
         )
     )

@@ -1,51 +1,73 @@
-// The module megagen._cpu: one function per operation, addresses and sizes in, nothing out.
+// The module megagen._cpu: one function per operation, addresses and sizes in, nothing out; those of video
+// sparse attention are in vsa_bindings.cpp.
 // Python checks shapes, types and contiguity before it calls.
 #include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
+#include "dispatch.h"
 #include "kernels.h"
 
 namespace py = pybind11;
+void bind_vsa(py::module_& m);
+
+namespace megagen {
 namespace {
-using namespace megagen;
-using Address = std::uintptr_t;
+const char* const kNames[] = {"generic", "avx2", "avx512"};
 
-bool has_avx2() {
+// The instruction sets that the builds were compiled for, as far as this processor has them.
+bool has(Isa isa) {
 #if MEGAGEN_X86
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
+  if (isa == Isa::kAvx512)
+    return has(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+  if (isa == Isa::kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
+  return isa == Isa::kGeneric;
 }
-bool use_avx2 = has_avx2();
+Isa best_isa() { return has(Isa::kAvx512) ? Isa::kAvx512 : has(Isa::kAvx2) ? Isa::kAvx2 : Isa::kGeneric; }
+Isa isa_in_use = best_isa();
 
-#if MEGAGEN_X86
-#define MEGAGEN_CALL(function, ...) (use_avx2 ? avx2::function(__VA_ARGS__) : generic::function(__VA_ARGS__))
-#else
-#define MEGAGEN_CALL(function, ...) generic::function(__VA_ARGS__)
-#endif
+const char* name_of(Isa isa) { return kNames[static_cast<int>(isa)]; }
+std::vector<std::string> isas() {
+  std::vector<std::string> found;
+  for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512})
+    if (has(isa)) found.push_back(name_of(isa));
+  return found;
+}
+void use_isa(const std::string& name) {
+  for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512})
+    if (has(isa) && name == name_of(isa)) {
+      isa_in_use = isa;
+      return;
+    }
+  throw std::invalid_argument("this processor and build have no " + name);
+}
 
 // OpenMP's threads do not survive a fork: a child of a process that had started them would wait for
 // ever, so it stays on one thread.
 bool pool_started = false, pool_lost = false;
 void in_forked_child() { pool_lost = pool_started; }
+}  // namespace
+
+Isa chosen_isa() { return isa_in_use; }
 
 int usable(int threads) {
   if (pool_lost) return 1;
   if (threads > 1) pool_started = true;
   return threads;
 }
+}  // namespace megagen
 
+namespace {
+using namespace megagen;
 using Strided = std::array<Index, 3>;  // address, row stride, batch stride
 using NormRopeSizes = std::array<Index, 8>;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // Sizes of an operation with modulation rows, and which row each token uses.
 struct Rows {
@@ -103,11 +125,14 @@ Index cut_segments(Address rows_address, Index num_tokens, Index num_rows, Addre
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  pthread_atfork(nullptr, nullptr, in_forked_child);
+  pthread_atfork(nullptr, nullptr, megagen::in_forked_child);
   m.attr("SEGMENT") = kSegment;
-  m.def("isa", [] { return use_avx2 ? "avx2" : "generic"; });
-  m.def("use_generic", [](bool wanted) { use_avx2 = !wanted && has_avx2(); }, py::arg("wanted"));
+  m.def("isa", [] { return name_of(isa_in_use); });
+  m.def("isas", isas);  // those that can be used here, slowest first
+  m.def("use_isa", use_isa);
+  m.def("use_generic", [](bool wanted) { isa_in_use = wanted ? Isa::kGeneric : best_isa(); }, py::arg("wanted"));
   m.def("cut_segments", cut_segments);
+  bind_vsa(m);
 
   py::class_<Rows>(m, "Rows").def(py::init([](Index num_tokens, Index batch, Index dim, Index num_rows,
                                               Index mod_batch, Address rows, Address bounds, Index num_segments) {

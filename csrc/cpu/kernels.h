@@ -84,6 +84,7 @@ struct BiasGelu {
 MEGAGEN_DECLARE(generic)
 #if MEGAGEN_X86
 MEGAGEN_DECLARE(avx2)
+MEGAGEN_DECLARE(avx512)
 #endif
 #undef MEGAGEN_DECLARE
 }  // namespace megagen

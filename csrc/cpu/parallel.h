@@ -1,5 +1,7 @@
 // Loops over independent units, and the sums over tokens that follow a backward.
 #pragma once
+#include <omp.h>
+
 #include "kernels.h"
 #include "vec.h"
 
@@ -13,6 +15,17 @@ static inline void parallel_for(Index units, int threads, F f) {
   }
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (Index unit = 0; unit < units; ++unit) f(unit);
+}
+
+// f(unit, worker) where units differ in size: whoever is free takes the next; worker is below threads.
+template <class F>
+static inline void parallel_workers(Index units, int threads, F f) {
+  if (threads <= 1) {
+    for (Index unit = 0; unit < units; ++unit) f(unit, 0);
+    return;
+  }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (Index unit = 0; unit < units; ++unit) f(unit, omp_get_thread_num());
 }
 
 MEGAGEN_INLINE Index first_token(const Segments& segments, Index segment) {

@@ -7,7 +7,9 @@
 
 namespace megagen::MEGAGEN_ISA {
 using Index = int64_t;
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
 constexpr int kWidth = 8;
 #else
 constexpr int kWidth = 4;
@@ -29,21 +31,26 @@ MEGAGEN_INLINE void store(float* p, T v) {
   std::memcpy(p, &v, sizeof v);
 }
 MEGAGEN_INLINE float total(Vec v) {
-  float sum = 0;
-  for (int i = 0; i < kWidth; ++i) sum += v[i];
-  return sum;
+  float lanes[kWidth];
+  store(lanes, v);
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 
 // The pairs (2h, 2h + 1) turned round.
-MEGAGEN_INLINE Vec swap_pairs(Vec v) {
-#if defined(__clang__) && defined(__AVX2__)
-  return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
-#elif defined(__clang__)
-  return __builtin_shufflevector(v, v, 1, 0, 3, 2);
+#if defined(__AVX512F__)
+#define MEGAGEN_PAIRS 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
 #elif defined(__AVX2__)
-  return __builtin_shuffle(v, IVec{1, 0, 3, 2, 5, 4, 7, 6});
+#define MEGAGEN_PAIRS 1, 0, 3, 2, 5, 4, 7, 6
 #else
-  return __builtin_shuffle(v, IVec{1, 0, 3, 2});
+#define MEGAGEN_PAIRS 1, 0, 3, 2
+#endif
+MEGAGEN_INLINE Vec swap_pairs(Vec v) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, MEGAGEN_PAIRS);
+#else
+  return __builtin_shuffle(v, IVec{MEGAGEN_PAIRS});
 #endif
 }
 // f(tag, i) of the other one of each pair.
