@@ -205,7 +205,7 @@ def test_a_steps_bytes_are_those_of_the_plan(case: str, tmp_path: Path) -> None:
     *keys, when = CASES[case]
     config = config_of(tmp_path, *keys)
     _, most = planned(config)
-    ((stays, comes),) = run_ranks(1, measure, config)
+    ((stays, comes),) = run_ranks(1, measure, config, timeout=600)
     print(f"{case}: stay {stays / most.stays:.3f}, come {comes / most.comes:.3f} of the plan")
     assert most.when.endswith(when)
     assert stays == pytest.approx(most.stays, rel=0.02)
