@@ -1,6 +1,6 @@
 """Fused operations against the same formula in plain torch: time of forward and forward + backward.
 
-    python -m benchmarks.kernels [--threads 1] [--pairs 15]
+    python -m benchmarks.kernels --part fused [--threads 1] [--pairs 15]
 
 Both sides do the same work on the same tensors, one call after the other. A speed is printed only
 where the fused result agrees with an fp64 reference.
@@ -87,7 +87,3 @@ def relative_error(spec: Spec, made: dict[str, Any]) -> float:
         }
     )
     return float((spec.function(**made).double() - exact).norm() / exact.norm())
-
-
-if __name__ == "__main__":
-    typer.run(main)
