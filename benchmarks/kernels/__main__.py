@@ -19,7 +19,7 @@ def main(
     tokens: str = "4096,8192",
     flex: bool = False,
 ) -> None:
-    """Time them and write ``kernels.json`` and ``vsa_cpu_<threads>.json``; --flex compiles first."""
+    """Time them and write ``kernels.json`` and ``vsa_cpu_<threads>.json``."""
     torch.set_num_threads(threads)
     if part in ("all", "fused"):
         operations.main(threads, pairs)
