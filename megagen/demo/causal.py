@@ -52,7 +52,7 @@ CAUSAL_STEPS: Mapping[int, tuple[float, ...]] = {
 
 Those it is trained at, and the first two of them.
 """
-_TIMED_CLIPS = 12
+_TIMED_CLIPS = 6
 
 WORDS = Words(
     title="Moving digits, block by block",
