@@ -150,7 +150,7 @@ def in_order_of(clips: Clips, wanted: Clips, count: int) -> Clips:
     Where no clip shows all of it, the digit counts before the direction, that before the lane.
     """
     uses, chosen = torch.zeros(len(clips)), []
-    for n in range(count):
+    for n in range(min(count, len(wanted))):
         cost = uses + 1e2 * (clips.lanes_N != wanted.lanes_N[n])
         cost += 1e4 * (clips.directions_N != wanted.directions_N[n])
         cost += 1e6 * (clips.digits_N != wanted.digits_N[n])
