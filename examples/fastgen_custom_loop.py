@@ -32,7 +32,6 @@ from megagen.data.text import build_text_encoder
 WEIGHTS = Path(mtf.__file__).parents[1] / "demo" / "weights"
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 DIRECTIONS = ("left", "right", "up", "down")
-LANES = ("near", "midway", "far")
 GUIDANCE, SHIFT, BATCH = 2.5, 3.0, 16
 
 
@@ -58,12 +57,11 @@ def settings() -> mtf.DMDConfig:
 
 
 class Prompts:
-    """Embeddings of ``a three moving left far`` and the like, and of no prompt."""
+    """Embeddings of ``a three moving left`` and the like, and of no prompt."""
 
     def __init__(self, spec: dict[str, object], generator: torch.Generator) -> None:
         encoder = build_text_encoder(spec)
-        ways = [f"{way} {lane}" for lane in LANES for way in DIRECTIONS]
-        texts = [f"a {digit} moving {way}" for way in ways for digit in DIGITS]
+        texts = [f"a {digit} moving {way}" for way in DIRECTIONS for digit in DIGITS]
         self.embeds = encoder.encode(texts)[0]
         self.nothing = encoder.encode([""])[0]
         self.generator = generator

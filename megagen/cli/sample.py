@@ -77,7 +77,7 @@ def sample(
 ) -> None:
     """Generate videos from trained weights.
 
-    Examples: megagen sample --model runs/demo/teacher --prompt "a three moving left far";
+    Examples: megagen sample --model runs/demo/teacher --prompt "a three moving left";
     megagen sample --run runs/wan --prompts-file prompts.txt --nproc 4 --tp-size 2;
     megagen sample --run runs/causal --prompt "rain" --stream --t-list 1000,750,500,250
     --guidance-scale 1. A few-step student knows its timesteps, its sampler and that it takes no
@@ -323,6 +323,6 @@ def _timesteps(given: str | None) -> list[float] | None:
 
 
 def file_name(position: int, prompt: str) -> str:
-    """``0003-a-three-moving-left-far.mp4``."""
+    """``0003-a-three-moving-left.mp4``."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-")
     return f"{position:04d}-{words or 'video'}.mp4"

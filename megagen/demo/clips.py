@@ -14,7 +14,7 @@ from torch import Tensor
 from megagen.core.options import parse_options
 from megagen.core.streams import Streams
 from megagen.demo import digits, processes
-from megagen.demo.digits import DIRECTIONS, LANES, WORDS, Clips, Split
+from megagen.demo.digits import DIRECTIONS, WORDINGS, WORDS, Clips, Split
 
 if TYPE_CHECKING:
     from megagen.data.preprocess import PreprocessOptions
@@ -61,11 +61,11 @@ def _preprocess_share(options: PreprocessOptions) -> None:
 
 
 def parse_caption(text: str) -> tuple[int, int, int]:
-    """Digit, direction and lane: ``parse_caption("a three moving left far")`` is (3, 0, 2)."""
-    match = re.fullmatch(r"a (\w+) moving (\w+) (\w+)", text)
+    """Digit, direction and wording: ``parse_caption("a three moving left")`` is (3, 0, 0)."""
+    match = re.fullmatch(r"(a )?(\w+) (moving )?(\w+)", text)
     assert match is not None, f"not a caption of the demo: {text!r}"
-    lane = tuple(LANES).index(match[3])
-    return WORDS.index(match[1]), tuple(DIRECTIONS).index(match[2]), lane
+    wording = WORDINGS.index(f"{match[1] or ''}{{}} {match[3] or ''}{{}}")
+    return WORDS.index(match[2]), tuple(DIRECTIONS).index(match[4]), wording
 
 
 def from_dataset(data: Path, limit: int | None = None) -> Clips:
@@ -96,10 +96,9 @@ def from_pixels(video_BCTHW: Tensor, captions: Sequence[str]) -> Clips:
 def asked(count: int, split: Split) -> Clips:
     """Captions of a split, without frames: digits in turn, the direction changes every ten."""
     number = torch.arange(count)
-    shown, turn = number % len(WORDS), number // len(WORDS)
-    directions = turn % len(DIRECTIONS)
-    lanes = digits.split_lanes(split, shown, directions, turn // len(DIRECTIONS))
-    return Clips(torch.empty(0), shown, directions, lanes)
+    directions = number // len(WORDS) % len(DIRECTIONS)
+    wordings = digits.split_wordings(split, number)
+    return Clips(torch.empty(0), number % len(WORDS), directions, wordings)
 
 
 def sample(pipeline: VideoPipeline, wanted: Clips, **how: Any) -> Clips:
@@ -147,12 +146,11 @@ def first(clips: Clips, count: int) -> Clips:
 def in_order_of(clips: Clips, wanted: Clips, count: int) -> Clips:
     """Clips that show what the first of ``wanted`` show, each used once where it can be.
 
-    Where no clip shows all of it, the digit counts before the direction, that before the lane.
+    Where a digit does not go in a direction, it is shown in another one; wordings do not count.
     """
     uses, chosen = torch.zeros(len(clips)), []
     for n in range(min(count, len(wanted))):
-        cost = uses + 1e2 * (clips.lanes_N != wanted.lanes_N[n])
-        cost += 1e4 * (clips.directions_N != wanted.directions_N[n])
+        cost = uses + 1e3 * (clips.directions_N != wanted.directions_N[n])
         cost += 1e6 * (clips.digits_N != wanted.digits_N[n])
         chosen.append(int(cost.argmin()))
         uses[chosen[-1]] += 1

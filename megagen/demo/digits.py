@@ -1,10 +1,9 @@
 """Moving handwritten digits: scikit-learn's ``load_digits`` as short captioned clips.
 
 1797 digits of 8x8 pixels written by 43 people (UCI "Optical Recognition of Handwritten Digits"). A
-clip shows one of them, enlarged smoothly, moving one pixel a frame in one of three lanes. Images
-are split once into training and held-out ones, and so are the captions: for each digit and
-direction there is one lane that no training clip shows. Held-out clips show held-out handwriting
-moving as only held-out captions say, so nothing like them is ever trained on.
+clip shows one of them, enlarged smoothly, moving one pixel a frame. Images are split once into
+training and held-out ones, and so are the captions: held-out clips show held-out handwriting and
+are described in words that no training caption has.
 
 Legend: N clips or images, T frames, H W height and width, all clips grey in [0, 1].
 """
@@ -30,8 +29,8 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 """Name to step in pixels a frame, (rows, columns)."""
 
-LANES = {"near": (0, 3), "midway": (3, 5), "far": (5, 8)}
-"""Name to places across the motion, [first, end), counted from the top or left edge."""
+WORDINGS = ("a {} moving {}", "{} moving {}", "{} {}", "a {} {}")
+"""Sentences about a digit and a direction; the first is the training's, the others held out."""
 
 Split = Literal["train", "held_out"]
 
@@ -49,18 +48,18 @@ class Clips:
         frames_NTHW: grey levels in [0, 1], fp32.
         digits_N: 0..9, int64.
         directions_N: index into ``DIRECTIONS``, int64.
-        lanes_N: index into ``LANES``, int64.
+        wordings_N: index into ``WORDINGS``, int64.
     """
 
     frames_NTHW: Tensor
     digits_N: Tensor
     directions_N: Tensor
-    lanes_N: Tensor
+    wordings_N: Tensor
 
     @property
     def captions(self) -> list[str]:
         """One sentence a clip."""
-        shown = (self.digits_N, self.directions_N, self.lanes_N)
+        shown = (self.digits_N, self.directions_N, self.wordings_N)
         return [caption(*which) for which in zip(*(x.tolist() for x in shown), strict=True)]
 
     def __len__(self) -> int:
@@ -68,13 +67,13 @@ class Clips:
 
     def __getitem__(self, which: slice | Tensor) -> Clips:
         """Some of them."""
-        fields = (self.frames_NTHW, self.digits_N, self.directions_N, self.lanes_N)
+        fields = (self.frames_NTHW, self.digits_N, self.directions_N, self.wordings_N)
         return Clips(*(x[which] for x in fields))
 
 
-def caption(digit: int, direction: int, lane: int) -> str:
-    """The sentence for a clip: ``caption(3, 0, 2)`` is "a three moving left far"."""
-    return f"a {WORDS[digit]} moving {tuple(DIRECTIONS)[direction]} {tuple(LANES)[lane]}"
+def caption(digit: int, direction: int, wording: int = 0) -> str:
+    """The sentence for a clip: ``caption(3, 0)`` is "a three moving left"."""
+    return WORDINGS[wording].format(WORDS[digit], tuple(DIRECTIONS)[direction])
 
 
 def load_images(split: Split, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -103,18 +102,18 @@ def enlarge(images_NHW: Tensor, size: int = DIGIT_SIZE) -> Tensor:
     return large * large * (3 - 2 * large)  # smoothstep: steeper edges, ends stay at 0 and 1
 
 
-def move(images_NHW: Tensor, directions_N: Tensor, starts_N: Tensor) -> Tensor:
+def move(images_NHW: Tensor, directions_N: Tensor, starts_N2: Tensor) -> Tensor:
     """Clips ``[N, T, H, W]`` of the images moving one pixel a frame.
 
     Args:
         images_NHW: enlarged digits.
         directions_N: index into ``DIRECTIONS``.
-        starts_N: in [0, 1): where across the motion, between the outermost places.
+        starts_N2: uniform in [0, 1): where between the outermost start positions (row, column).
     """
     size, travel = images_NHW.shape[-1], NUM_FRAMES - 1
     steps_N2 = torch.tensor(list(DIRECTIONS.values()))[directions_N]
     room_N2 = FRAME_SIZE - size - travel * steps_N2.abs()
-    first_N2 = (starts_N[:, None] * (room_N2 + 1)).long() + travel * (steps_N2 < 0)
+    first_N2 = (starts_N2 * (room_N2 + 1)).long() + travel * (steps_N2 < 0)
     frames = images_NHW.new_zeros(len(images_NHW), NUM_FRAMES, FRAME_SIZE, FRAME_SIZE)
     for n, (first, step) in enumerate(zip(first_N2.tolist(), steps_N2.tolist(), strict=True)):
         for t in range(NUM_FRAMES):
@@ -123,16 +122,11 @@ def move(images_NHW: Tensor, directions_N: Tensor, starts_N: Tensor) -> Tensor:
     return frames
 
 
-def split_lanes(split: Split, digits_N: Tensor, directions_N: Tensor, turn_N: Tensor) -> Tensor:
-    """Lanes of a split, ``turn_N`` counting through them; ``[N]``.
-
-    Training takes two lanes for a digit and direction, and every digit and every direction in
-    every lane; the third lane is held out.
-    """
-    held_out_N = (digits_N + directions_N) % len(LANES)
-    if split == "held_out":
-        return held_out_N
-    return (held_out_N + 1 + turn_N % (len(LANES) - 1)) % len(LANES)
+def split_wordings(split: Split, turn_N: Tensor) -> Tensor:
+    """Wordings of a split, ``turn_N`` counting through them; ``[N]``."""
+    if split == "train":
+        return torch.zeros_like(turn_N)
+    return 1 + turn_N % (len(WORDINGS) - 1)
 
 
 def make_clips(split: Split, num_clips: int, streams: Streams, epoch: int = 0) -> Clips:
@@ -142,15 +136,11 @@ def make_clips(split: Split, num_clips: int, streams: Streams, epoch: int = 0) -
     order = streams.permutation("digits_order", len(images), split, epoch)
     chosen = order[position % len(images)]
     # every image meets every direction once in len(DIRECTIONS) rounds
-    turn = position // len(images) + chosen
-    directions = turn % len(DIRECTIONS)
-    lanes = split_lanes(split, labels[chosen], directions, turn // len(DIRECTIONS))
+    directions = (position // len(images) + chosen) % len(DIRECTIONS)
     generator = streams.generator("digits_start", split, epoch)
-    bounds_N2 = torch.tensor(list(LANES.values()))[lanes]
-    place_N = torch.rand(num_clips, generator=generator) * (bounds_N2[:, 1] - bounds_N2[:, 0])
-    starts_N = (bounds_N2[:, 0] + place_N) / (FRAME_SIZE - DIGIT_SIZE + 1)
-    frames = move(enlarge(images)[chosen], directions, starts_N)
-    return Clips(frames, labels[chosen], directions, lanes)
+    starts_N2 = torch.rand(num_clips, 2, generator=generator)
+    frames = move(enlarge(images)[chosen], directions, starts_N2)
+    return Clips(frames, labels[chosen], directions, split_wordings(split, position))
 
 
 def to_video(frames_THW: Tensor) -> np.ndarray:

@@ -11,8 +11,8 @@ FIGURES = (
     "give the value that perfect samples would have. The teacher is solved by guided Euler steps "
     "(two passes a step); the student needs no guidance. Milliseconds a clip: wall-clock, in "
     "batches on all cores. Diversity: spread of features within a digit, relative to real clips. "
-    "Known captions: those of the training; all other rows are asked for directions in which the "
-    "training never showed the digit."
+    "Known captions: those of the training; all other rows are asked in other words, "
+    "which no training caption has."
 )
 _CLIPS = (
     "The same captions everywhere. No training saw them, nor the handwriting of the real clips."

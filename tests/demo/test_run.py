@@ -130,5 +130,5 @@ def sampled(model: str | None, run: Path | None, dims: ParallelDims) -> torch.Te
         num_steps=3,
         guidance_scale=2.0,
     )
-    videos = source.build_pipeline(found, dims).generate(["a six moving up far"], options)
+    videos = source.build_pipeline(found, dims).generate(["a six moving up"], options)
     return next(iter(dict(videos).values()), torch.empty(0))
