@@ -8,8 +8,10 @@ is selected and a device's dense kernel is the faster one, attention is dense: t
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,9 @@ from megagen.core.log import get_logger
 log = get_logger(__name__)
 
 NAMES = ("cuda", "triton", "cpu", "reference")
-_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+_ORDER = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
+"""The CUDA kernels come after Triton's until a GPU has run them; by name they can be had now."""
+
 _DENSE_IS_FASTER = ("cuda",)
 """Devices whose dense kernel beats the block-sparse one with all blocks selected.
 
@@ -32,9 +36,11 @@ def backend(name: str) -> ModuleType:
     return importlib.import_module(f"megagen.kernels.vsa.backends.{name}")
 
 
-def function(name: str, operation: str):  # type: ignore[no-untyped-def]
+def function(name: str, operation: str) -> Callable[..., Any]:
     """An operation of a backend, the reference's where it has none of its own."""
-    return getattr(backend(name), operation, None) or getattr(backend("reference"), operation)
+    own = getattr(backend(name), operation, None)
+    found: Callable[..., Any] = own or getattr(backend("reference"), operation)
+    return found
 
 
 def choose(wanted: str, q: Tensor) -> str:
