@@ -35,20 +35,20 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("gather_probe", caller(megagen_gather_probe));
   {
     using Args = MegagenMerge;
-    py::class_<Args>(m, "Merge").def(py::init([] { return Args{}; }))
+    py::class_<Args>(m, "Merge", py::module_local()).def(py::init([] { return Args{}; }))
         MG_FIELD(items) MG_FIELD(num) MG_FIELD(indptr) MG_FIELD(owner_sizes) MG_FIELD(item_sizes)
         MG_FIELD(entries) MG_FIELD(counts) MG_FIELD(order) MG_FIELD(sequences) MG_FIELD(stride)
         MG_FIELD(owners) MG_FIELD(stream);
   }
   {
     using Args = MegagenTranspose;
-    py::class_<Args>(m, "Transpose").def(py::init([] { return Args{}; }))
+    py::class_<Args>(m, "Transpose", py::module_local()).def(py::init([] { return Args{}; }))
         MG_FIELD(idx) MG_FIELD(num) MG_FIELD(indptr) MG_FIELD(rows) MG_FIELD(bits) MG_FIELD(sequences)
         MG_FIELD(scratch_bytes) MG_FIELD(num_q) MG_FIELD(num_k) MG_FIELD(width) MG_FIELD(stream);
   }
   {
     using Args = MegagenForward;
-    py::class_<Args>(m, "Forward").def(py::init([] { return Args{}; }))
+    py::class_<Args>(m, "Forward", py::module_local()).def(py::init([] { return Args{}; }))
         MG_FIELD(q) MG_FIELD(k) MG_FIELD(v) MG_FIELD(o) MG_FIELD(lse) MG_FIELD(entries) MG_FIELD(counts)
         MG_FIELD(q_sizes) MG_FIELD(gate) MG_FIELD(coarse) MG_FIELD(out) MG_FIELD(token) MG_FIELD(sequences)
         MG_FIELD(tokens) MG_FIELD(heads) MG_FIELD(num_q) MG_FIELD(num_k) MG_FIELD(width) MG_FIELD(dim)
@@ -56,7 +56,7 @@ PYBIND11_MODULE(_cuda, m) {
   }
   {
     using Args = MegagenBackward;
-    py::class_<Args>(m, "Backward").def(py::init([] { return Args{}; }))
+    py::class_<Args>(m, "Backward", py::module_local()).def(py::init([] { return Args{}; }))
         MG_FIELD(q) MG_FIELD(k) MG_FIELD(v) MG_FIELD(o) MG_FIELD(grad) MG_FIELD(lse) MG_FIELD(dlse)
         MG_FIELD(stats) MG_FIELD(dq) MG_FIELD(dk) MG_FIELD(dv) MG_FIELD(dq32) MG_FIELD(entries)
         MG_FIELD(counts) MG_FIELD(key_entries) MG_FIELD(key_counts) MG_FIELD(key_order) MG_FIELD(key_indptr)
@@ -65,13 +65,13 @@ PYBIND11_MODULE(_cuda, m) {
   }
   {
     using Args = MegagenProbe;
-    py::class_<Args>(m, "Probe").def(py::init([] { return Args{}; }))
+    py::class_<Args>(m, "Probe", py::module_local()).def(py::init([] { return Args{}; }))
         MG_FIELD(k) MG_FIELD(v) MG_FIELD(entries) MG_FIELD(counts) MG_FIELD(sequences) MG_FIELD(pairs)
         MG_FIELD(num_k) MG_FIELD(width) MG_FIELD(dim) MG_FIELD(stream);
   }
   {
     using Args = MegagenCombine;
-    py::class_<Args>(m, "Combine").def(py::init([] { return Args{}; }))
+    py::class_<Args>(m, "Combine", py::module_local()).def(py::init([] { return Args{}; }))
         MG_FIELD(grad) MG_FIELD(gate) MG_FIELD(coarse) MG_FIELD(tiled) MG_FIELD(dgate) MG_FIELD(dcoarse)
         MG_FIELD(token) MG_FIELD(sequences) MG_FIELD(tokens) MG_FIELD(heads) MG_FIELD(num_q) MG_FIELD(dim)
         MG_FIELD(fp16) MG_FIELD(stream);
