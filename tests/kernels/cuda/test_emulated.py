@@ -50,14 +50,17 @@ def test_lists_longer_than_the_ring(emulated: Emulated, seeded: torch.Generator)
     check(case, run(case, cuda.fine_backward))
 
 
-@pytest.mark.parametrize("magnitude", [4.0, 16.0])
-def test_large_scores(emulated: Emulated, magnitude: float, seeded: torch.Generator) -> None:
+@pytest.mark.parametrize(("magnitude", "limit"), [(4.0, 2e-2), (16.0, 4e-2)])
+def test_large_scores(
+    emulated: Emulated, magnitude: float, limit: float, seeded: torch.Generator
+) -> None:
+    """At 16 nearly every softmax has one winner: dP - delta cancels, and o's rounding is left."""
     case = draw(seeded, num_q=3, num_k=6, width=5, magnitude=magnitude)
     found = run(case, cuda.fine_backward)
-    check(case, found, grad_limit=2e-2)
+    check(case, found, grad_limit=limit)
     for name, exact in expect(case).items():
         if name.startswith("d") and exact.norm() > 0:
-            assert 0.99 < found[name].double().norm() / exact.norm() < 1.01, name
+            assert abs(found[name].double().norm() / exact.norm() - 1) < limit / 2, name
 
 
 @pytest.mark.parametrize("dim", [64, 128])
