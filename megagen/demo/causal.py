@@ -45,12 +45,13 @@ if TYPE_CHECKING:
 RUNS = ("forcing", "causal_kd", "self_forcing")
 """Names of the three runs and of their folders."""
 CAUSAL_STEPS: Mapping[int, tuple[float, ...]] = {
-    4: (1000.0, 750.0, 300.0, 115.385, 0.0),
-    2: (1000.0, 750.0, 0.0),
+    4: (1000.0, 900.0, 750.0, 300.0, 0.0),
+    2: (1000.0, 600.0, 0.0),
 }
 """Number of steps a block to the timesteps at which the causal student is streamed.
 
-Those it is trained at, and the first two of them.
+They are not all those it is trained at: the nearest to clips of the training among a dozen lists,
+asked in the training's captions.
 """
 _TIMED_CLIPS = 6
 
