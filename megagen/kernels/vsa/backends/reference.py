@@ -9,6 +9,8 @@ tokens, P slots, M places of a list.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -213,7 +215,7 @@ def _is_real(sizes_n: Tensor) -> Tensor:
     return (torch.arange(BLOCK, device=sizes_n.device) < sizes_n[:, None]).flatten()
 
 
-def _seen_pairs(lists: Lists):  # type: ignore[no-untyped-def]
+def _seen_pairs(lists: Lists) -> Iterator[tuple[int, int, Tensor]]:
     """``(b, h, bool [Q, K])``: which key slots each query slot attends to."""
     blocks = map_from_index(BlockIndex(lists.idx_BHqM, lists.num_BHq), lists.kv_sizes.numel())
     is_query, is_key = _is_real(lists.q_sizes), _is_real(lists.kv_sizes)
