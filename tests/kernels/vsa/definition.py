@@ -82,17 +82,13 @@ def attention(
     gate: Tensor | None,
     q_blocks: list[list[int]],
     kv_blocks: list[list[int]],
-    topk: int,
+    chosen: list[list[list[list[int]]]],
 ) -> Tensor:
-    """The whole of it on ``[B, S, H, D]`` without a prefix."""
+    """The whole of it on ``[B, S, H, D]`` without a prefix, with blocks already chosen."""
     heads_q, heads_k, heads_v = (x.transpose(1, 2) for x in (q, k, v))
     scale = 1 / math.sqrt(q.size(-1))
-    qm = torch.stack([heads_q[:, :, block].mean(2) for block in q_blocks], 2)
-    km = torch.stack([heads_k[:, :, block].mean(2) for block in kv_blocks], 2)
     vm = torch.stack([heads_v[:, :, block].mean(2) for block in kv_blocks], 2)
-    scores = scale * qm @ km.mT
-    coarse = scores.softmax(-1) @ vm
-    chosen = best(scores, [1] * len(kv_blocks), topk)
+    coarse = block_scores(q, k, q_blocks, kv_blocks).softmax(-1) @ vm
     out = torch.zeros_like(q)
     for b, h in itertools.product(range(q.size(0)), range(q.size(2))):
         for i, rows in enumerate(q_blocks):
@@ -101,3 +97,14 @@ def attention(
             own = coarse[b, h, i] * (1 if gate is None else gate[b, rows, h])
             out[b, rows, h] = weights @ heads_v[b, h, keys] + own
     return out
+
+
+def block_scores(
+    q: Tensor, k: Tensor, q_blocks: list[list[int]], kv_blocks: list[list[int]]
+) -> Tensor:
+    """Scaled products ``[B, H, n_q, n_k]`` of the means of blocks of ``[B, S, H, D]``."""
+    qm, km = (
+        torch.stack([x.transpose(1, 2)[:, :, block].mean(2) for block in blocks], 2)
+        for x, blocks in ((q, q_blocks), (k, kv_blocks))
+    )
+    return qm @ km.mT / math.sqrt(q.size(-1))
