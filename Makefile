@@ -1,6 +1,7 @@
 # make demo   set up and run the whole path on handwritten digits, with a report at the end
 # make demo-causal   the same teacher made causal, distilled and streamed
 # make test   set up and run linters, types and tests
+# make bench   measure on this machine's CPU (docs/benchmarks.md); make bench-gpu   on its GPU
 # make triton-oldest   fetch the oldest supported triton (188 MB), on which kernels are compiled too
 # Variables: PYTHON (3.11 or 3.12), TORCH (the torch requirement), TESTS (what pytest runs).
 
@@ -13,7 +14,7 @@ OLDEST_TRITON := 3.6.0
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-causal test lint pytest bench docs setup triton-oldest clean
+.PHONY: demo demo-causal test lint pytest bench bench-gpu docs setup triton-oldest clean
 .DEFAULT_GOAL := test
 
 demo: setup
@@ -34,9 +35,13 @@ pytest: setup triton-oldest
 
 bench: setup
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.kernels --threads 2 --part vsa
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.fastgen
 	$(BIN)/python -m benchmarks.dmd2_memory
+
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.kernels --device gpu
 
 docs: setup
 	$(BIN)/python docs/config_reference.py

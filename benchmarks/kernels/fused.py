@@ -1,27 +1,30 @@
-"""Memory-bound operations of a block on a GPU: bandwidth against torch, eager and compiled.
+"""Memory-bound operations of a block: bandwidth against plain torch, eager and compiled.
 
-``rows()`` gives one row for each operation and size. Every arm is checked against fp64 before it is
-timed; arms take turns, each with an empty cache. Bytes are the least that must move
-(each tensor read or written once), so a share of the memory's speed cannot be flattered by a kernel
-that moves more.
+Bytes are the least that must move (each tensor read or written once), so a share of the memory's
+speed cannot be flattered by a kernel that moves more. Every arm is held to the reference in fp64,
+outputs and gradients, before it is timed.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.arms import first_line
+from benchmarks.kernels.clock import (
+    NOT_MEASURED,
+    Options,
+    clock_of,
+    copy_bandwidth,
+    gpu_state,
+    take_turns,
+)
 from megagen.core.registry import resolve
 from megagen.kernels import GPU_SPECS, SPECS
 from megagen.kernels.spec import Spec
-
-Arm = tuple[Callable[[], Any], Callable[[], Any]]
-"""A forward without gradient, and the backward alone."""
 
 WIDTHS = {"Wan 1.3B": (1536, 8960), "Wan 14B": (5120, 13_824)}
 GRID = {"T": 21, "H": 30, "W": 52}
@@ -40,13 +43,20 @@ BACKWARD = {
 }
 """Bytes of the backward by those of the forward; what the residual hands on is not moved."""
 
-_CACHE = 256 << 20
-_ERROR = 2**-6
+_ROUNDS = {"cpu": (5, 15), "cuda": (10, 30)}
+_ERROR = {torch.float32: 5e-5, torch.bfloat16: 2**-6}
+_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+_SMALL = "1,024 tokens"
 
 
-def cases(name: str) -> dict[str, dict[str, int]]:
-    """The operation's sizes by their names: Wan's at 480p; the losses take one large latent."""
+def cases(name: str, device: torch.device) -> dict[str, dict[str, int]]:
+    """The operation's sizes by their names.
+
+    A GPU gets Wan's at 480p, the losses one large latent; a CPU a block of 1,024 tokens.
+    """
     base = dict(resolve({**SPECS, **GPU_SPECS}[name]).bench_case)
+    if device.type == "cpu":
+        return {_SMALL: base}
     if name.endswith("loss"):
         return {"latents": base}
     tokens = GRID if "T" in base else {"S": NUM_TOKENS}
@@ -57,123 +67,169 @@ def cases(name: str) -> dict[str, dict[str, int]]:
     return sizes
 
 
-def rows(
-    device: torch.device, dtype: torch.dtype = torch.bfloat16, repeats: int = 20
-) -> list[dict[str, Any]]:
-    """Measure all operations.
+def operations(device: torch.device) -> tuple[str, ...]:
+    """Those that are one kernel on a device."""
+    return tuple(SPECS) if device.type == "cpu" else (*SPECS, *GPU_SPECS)
+
+
+def measure(name: str, size: str, device: torch.device, options: Options) -> dict[str, Any]:
+    """One operation at one of its ``cases``.
 
     Args:
-        device: a GPU; on a CPU the same runs with the wall clock, to try the code.
-        dtype: of activations.
-        repeats: calls of each arm.
+        name: of the operation.
+        size: name of the case.
+        device: a CPU or a GPU.
+        options: as ``suite.measure`` takes them.
     """
-    return [
-        measure(resolve(target), size, case, device, dtype, repeats)
-        for name, target in {**SPECS, **GPU_SPECS}.items()
-        for size, case in cases(name).items()
-    ]
-
-
-def measure(
-    spec: Spec,
-    size: str,
-    case: Mapping[str, int],
-    device: torch.device,
-    dtype: torch.dtype,
-    repeats: int,
-) -> dict[str, Any]:
-    """One row: milliseconds, TB/s and error of each arm.
-
-    Raises:
-        SystemExit: an arm's result is not that of fp64.
-    """
+    spec, case, dtype = _spec(name), cases(name, device)[size], _DTYPES[device.type]
+    options.announce("inputs")
     made = spec.make(case, torch.Generator().manual_seed(0), dtype)
     made = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()}
-    functions = {
-        "megagen": spec.function,
-        "eager": spec.reference,
-        "compiled": torch.compile(spec.reference),
-    }
-    errors = {name: error_of(spec, function, made) for name, function in functions.items()}
-    for name, error in errors.items():
-        if error > _ERROR:
-            raise SystemExit(f"{spec.name} {size}: {name} is {error:.1e} from fp64: not timed")
-    arms = {name: arm(spec, function, made) for name, function in functions.items()}
-    moved = spec.bytes(case, dtype.itemsize)
-    row: dict[str, Any] = {
-        "operation": spec.name,
+    arms, calls = _try_all(spec, made, device, options)
+    clock = clock_of(device)
+    for _ in range(2):
+        for call in calls.values():
+            call()
+    least, most = _ROUNDS[device.type]
+    times, rounds = take_turns(
+        calls, clock, least=least, most=most, seconds=options.seconds, announce=options.announce
+    )
+    copy = copy_bandwidth(device, clock)
+    seconds = {key: clock.seconds(timing) for key, timing in times.items()}
+    cells(name, spec.bytes(case, dtype.itemsize), seconds, copy, arms)
+    return {
+        "name": f"{name}, {size}",
+        "operation": name,
         "size": size,
-        "case": dict(case),
-        "error": errors,
+        "case": case,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "clock": clock.name,
+        "statistic": f"{clock.statistic} of {rounds}",
+        "ceiling": {"copy_bytes_per_s": copy},
+        "gpu": gpu_state() if device.type == "cuda" else None,
+        "arms": arms,
     }
-    for place, direction in enumerate(("forward", "backward")):
-        times = take_turns({name: both[place] for name, both in arms.items()}, device, repeats)
-        bytes_moved = moved * (BACKWARD[spec.name] if place else 1)
-        row[direction] = {
-            name: {"ms": 1e3 * seconds, "tb_per_s": bytes_moved / seconds / 1e12}
-            for name, seconds in times.items()
+
+
+def _try_all(
+    spec: Spec, made: Mapping[str, Any], device: torch.device, options: Options
+) -> tuple[dict[str, Any], dict[str, Callable[[], Any]]]:
+    wide = {k: v.double() if _is_float(v) else v for k, v in made.items()}
+    exact = results(spec, spec.reference, wide)
+    limit = _ERROR[_DTYPES[device.type]]
+    arms: dict[str, Any] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    for arm, function in functions(spec, device).items():
+        arms[arm] = record = {"ours": arm == "megagen", "kind": "fused"}
+        record["status"] = options.skip.get(arm, "measured")
+        if function is None:
+            record["status"] = f"{NOT_MEASURED}: a CPU has megagen and eager alone"
+        if function is None or arm in options.skip:
+            continue
+        options.announce(arm)
+        try:
+            record["error"] = errors(results(spec, function, made), exact)
+        except Exception as error:  # its words are the result
+            record["status"] = f"{NOT_MEASURED}: {first_line(error)}"
+            continue
+        worst = max(record["error"].values())
+        if not worst <= limit:  # nan too
+            record["status"] = f"wrong, so {NOT_MEASURED}: {worst:.1e} from fp64"
+            continue
+        forward, backward = directions(spec, function, made)
+        calls |= {f"{arm}|forward": forward, f"{arm}|backward": backward}
+    return arms, calls
+
+
+def functions(spec: Spec, device: torch.device) -> dict[str, Callable[..., Any] | None]:
+    """The arms; None where a device has none."""
+    compiled = None if device.type == "cpu" else torch.compile(spec.reference)
+    return {"megagen": spec.function, "eager": spec.reference, "compiled": compiled}
+
+
+def cells(
+    name: str, moved: int, seconds: Mapping[str, float], copy: float, arms: dict[str, Any]
+) -> None:
+    """Adds the figures of each arm by direction, and its time by ours."""
+    for key, taken in seconds.items():
+        arm, _, direction = key.partition("|")
+        moved_here = moved * (BACKWARD[name] if direction == "backward" else 1)
+        ours = seconds.get(f"megagen|{direction}")
+        arms[arm][direction] = {
+            "ms": 1e3 * taken,
+            "bytes_per_s": moved_here / taken,
+            "share_of_copy": moved_here / taken / copy,
+            "times_ours": None if ours is None else taken / ours,
         }
-    return row
 
 
-def arm(spec: Spec, function: Callable[..., Any], made: Mapping[str, Any]) -> Arm:
-    """The two callables of a function."""
-    inputs, leaves = dict(made), []
-    for name in spec.differentiable:
-        if isinstance(inputs.get(name), Tensor):
-            inputs[name] = inputs[name].detach().requires_grad_()
-            leaves.append(inputs[name])
-    out = _tuple(function(**inputs))
-    grads = [torch.ones_like(o) for o in out]
+def directions(
+    spec: Spec, function: Callable[..., Any], made: Mapping[str, Any]
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """A forward without gradient, and the backward alone."""
+    inputs, leaves = _with_leaves(spec, made)
+    outs = _differentiable(function(**inputs))
+    grads = _gradients(outs)
 
     def forward() -> None:
         with torch.no_grad():
             function(**inputs)
 
-    def backward() -> None:
-        torch.autograd.grad(out, leaves, grads, retain_graph=True)
-
-    return forward, backward
+    return forward, lambda: torch.autograd.grad(outs, leaves, grads, retain_graph=True)
 
 
-def error_of(spec: Spec, function: Callable[..., Any], made: Mapping[str, Any]) -> float:
-    """Largest relative L2 error of an output."""
-    wide = {
-        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for k, v in made.items()
+def results(spec: Spec, function: Callable[..., Any], made: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Outputs and gradients by their names."""
+    inputs, leaves = _with_leaves(spec, made)
+    outs = _tuple(function(**inputs))
+    kept = _differentiable(outs)
+    grads = torch.autograd.grad(kept, leaves, _gradients(kept))
+    names = [n for n in spec.differentiable if isinstance(made.get(n), Tensor)]
+    found = {f"out{i}" if len(outs) > 1 else "out": x.detach() for i, x in enumerate(outs)}
+    return found | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
+
+
+def errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """Relative L2 error of each."""
+    return {
+        name: float((x.double() - exact[name]).norm() / exact[name].norm())
+        for name, x in found.items()
     }
-    with torch.no_grad():
-        pairs = zip(_tuple(function(**made)), _tuple(spec.reference(**wide)), strict=True)
-        return max(float((found - exact).norm() / exact.norm()) for found, exact in pairs)
 
 
-def take_turns(
-    calls: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int
-) -> dict[str, float]:
-    """Median seconds of each call; they take turns, each with an empty cache."""
-    flush = torch.empty(_CACHE if device.type != "cpu" else 1, dtype=torch.int8, device=device)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 2):
-        for name, call in calls.items():
-            flush.zero_()
-            taken = _timed(call, device)
-            if turn >= 2:
-                seconds[name].append(taken)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def _spec(name: str) -> Spec:
+    spec: Spec = resolve({**SPECS, **GPU_SPECS}[name])
+    return spec
 
 
-def _timed(call: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cpu":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+def _with_leaves(spec: Spec, made: Mapping[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
+    inputs, leaves = dict(made), []
+    for name in spec.differentiable:
+        if isinstance(inputs.get(name), Tensor):
+            inputs[name] = inputs[name].detach().requires_grad_()
+            leaves.append(inputs[name])
+    return inputs, leaves
+
+
+def _gradients(outs: tuple[Tensor, ...]) -> list[Tensor]:
+    """The same numbers for every arm, whatever its type; a scalar's is 1."""
+    generator = torch.Generator(outs[0].device).manual_seed(1)
+    return [
+        torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
+        if x.dim()
+        else torch.ones_like(x)
+        for x in outs
+    ]
+
+
+def _differentiable(made: Any) -> tuple[Tensor, ...]:
+    return tuple(x for x in _tuple(made) if x.requires_grad)
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _tuple(made: Any) -> tuple[Tensor, ...]:
-    return (made,) if isinstance(made, Tensor) else made
+    return (made,) if isinstance(made, Tensor) else tuple(made)
