@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import pytest
+import torch
 
 from megagen.kernels.triton import (
     bias_gelu,
@@ -15,126 +16,106 @@ from megagen.kernels.triton import (
     residual,
     segments,
 )
-from megagen.kernels.triton.launch import block_of, warps_of
-from tests.kernels.triton.compiled import ARCHITECTURES, Counts, compile_kernel
+from tests.kernels.triton.compiled import ARCHITECTURES, IS_OLDEST, ONE_SIZE
+from tests.kernels.triton.launches import Launch, meta, table
 
-TABLES = {"ORDER": "*i64", "OFFSETS": "*i64", "MORE_ROW": "*i64", "MORE_BEGIN": "*i64"}
-POINTERS: dict[str, str] = {
-    **TABLES,
-    **dict.fromkeys(("X", "Y", "OUT", "H", "DH", "DOUT", "DX", "DY", "BIAS", "WEIGHT"), "*bf16"),
-    **dict.fromkeys(("GATE", "SCALE", "SHIFT", "MEAN", "RSTD", "COS", "SIN"), "*fp32"),
-    **dict.fromkeys(("DGATE", "MORE_GATE", "DSCALE", "MORE_SCALE"), "*fp32"),
-    **dict.fromkeys(("DSHIFT", "MORE_SHIFT", "DWEIGHT", "MORE_WEIGHT"), "*fp32"),
-    **dict.fromkeys(("DBIAS", "MORE_BIAS", "TOTAL", "SQUARES", "DSQUARES"), "*fp32"),
-    **dict.fromkeys(("A", "MORE_A", "B", "MORE_B", "C", "MORE_C"), "*fp32"),
-    **dict.fromkeys(("PREDICTION", "X0", "NOISE", "REAL", "FAKE", "GRAD", "DMEAN"), "*bf16"),
-    **dict.fromkeys(("PARTIAL", "DLOSS"), "*fp32"),
-    **dict.fromkeys(("ROWS", "TOKENS"), "*i64"),
-    **dict.fromkeys(("eps", "factor"), "fp32"),
-}
-SMALL = {
-    *("batch", "run", "num_rows", "lanes", "per_row", "mod_batch", "num_lines", "num_features"),
-    *("heads", "blocks", "frames"),
-}
-"""Integers that need not divide by 16; sizes and strides do."""
+S, B, FRAMES = 32_760, 2, 21
+FP32, INT64 = torch.float32, torch.int64
+Calls = dict[str, Callable[[], object]]
 
 
-def compiled(kernel: Any, target: int, num_warps: int, constexprs: dict[str, Any]) -> Counts:
-    """The kernel with the types of training in bf16."""
-    free = [name for name in kernel.arg_names if name not in constexprs]
-    signature = {name: POINTERS.get(name, "i32") for name in free}
-    sizes = [name for name in free if signature[name] == "i32" and name not in SMALL]
-    options = {"num_warps": num_warps}
-    return compile_kernel(kernel, signature, constexprs, target, options, sizes).check()
+def of_lines(dim: int) -> Calls:
+    """Kernels that hold a whole line, as training launches them.
+
+    ``frames``: a modulation for each frame and sample; ``rows``: for a token's row, all samples.
+    """
+    x, mean = meta(S, B, dim), meta(S, B, dtype=FP32)
+    frames, rows = meta(FRAMES, B, dim, dtype=FP32), meta(5, 1, dim, dtype=FP32)
+    row = meta(S, dtype=INT64)
+    stats = (mean, mean)
+    return {
+        "layernorm": lambda: layernorm.forward(x, None, None, frames, frames, None, 1e-6, 1.0),
+        "residual_layernorm": lambda: layernorm.forward(x, x, rows, rows, rows, row, 1e-6, 1.0),
+        "layernorm_backward": lambda: layernorm.backward(
+            x, None, x, None, None, frames, *stats, None, 1.0
+        ),
+        "residual_layernorm_backward": lambda: layernorm.backward(
+            x, x, x, x, rows, rows, *stats, row, 1.0
+        ),
+        "residual": lambda: residual.forward(x, x, rows, row),
+        "residual_backward": lambda: residual.backward(x, x, frames, None),
+    }
 
 
-def line(kernel: Any, target: int, dim: int, **constexprs: Any) -> Counts:
-    """A kernel that holds a whole line of ``dim`` numbers."""
-    block = block_of(dim)
-    warps = warps_of(block, 8 if "STAGES" in constexprs else 16)
-    return compiled(kernel, target, warps, {"BLOCK": block, **constexprs})
+def of_heads(heads: int, head_dim: int) -> Calls:
+    """Norm and rotation, by raster tokens and by blocks; ``reduced``: a sum over ranks is given."""
+    fused = meta(S, B, 3 * heads, head_dim)
+    x, weight, rstd = fused[:, :, :heads], meta(heads, head_dim), meta(S, B, dtype=FP32)
+    turn = (meta(S, head_dim // 2, dtype=FP32),) * 2
+    sums, tokens, n = meta(S, B, 1, dtype=FP32), meta(64 * 546, dtype=INT64), heads * head_dim
+    slots, means = meta(B, heads, 64 * 546, head_dim), meta(B, heads, 546, head_dim)
+    norm, tile = norm_rope, norm_rope_tile
+    return {
+        "norm_rope": lambda: norm.forward(x, weight, *turn, None, 1e-6, n),
+        "norm_rope_backward": lambda: norm.backward(x, x, weight, *turn, None, rstd, n),
+        "reduced_norm_rope": lambda: norm.forward(x, weight, *turn, sums, 1e-6, 4 * n),
+        "reduced_norm_rope_backward": lambda: norm.backward(x, x, weight, *turn, sums, rstd, 4 * n),
+        "sum_squares": lambda: norm.sum_squares(x),
+        "norm_rope_tile": lambda: tile.forward(x, weight, *turn, None, tokens, 1e-6, n),
+        "norm_rope_tile_backward": lambda: tile.backward(
+            slots, means, x, weight, *turn, None, rstd, tokens, n
+        ),
+        "reduced_norm_rope_tile": lambda: tile.forward(x, weight, *turn, sums, tokens, 1e-6, n),
+        "reduced_norm_rope_tile_backward": lambda: tile.backward(
+            slots, means, x, weight, *turn, sums, rstd, tokens, n
+        ),
+        "values_tile": lambda: tile.forward(x, None, None, None, None, tokens, 1e-6, n),
+        "values_tile_backward": lambda: tile.backward(
+            slots, means, x, None, None, None, None, rstd, tokens, n
+        ),
+    }
 
 
-BACKWARD = {"SIZE": segments.SEGMENT, "STAGES": 3}
-NO_TABLES = dict.fromkeys(TABLES)
-ALONE = dict.fromkeys(("Y", "GATE"))
-ALONE_BACK = dict.fromkeys(("DOUT", "Y", "GATE", "DY", "DGATE", "MORE_GATE"))
-
-KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "layernorm": (layernorm.forward_kernel, {"ONE": 1.0, "ROWS": None, **ALONE}),
-    "residual_layernorm": (layernorm.forward_kernel, {"ONE": 1.0}),
-    "layernorm_backward": (
-        layernorm.backward_kernel,
-        {"ONE": 1.0, **BACKWARD, **NO_TABLES, **ALONE_BACK},
-    ),
-    "residual_layernorm_backward": (layernorm.backward_kernel, {"ONE": 1.0, **BACKWARD}),
-    "stream_layernorm_backward": (
-        layernorm.backward_kernel,
-        {"ONE": 1.0, **BACKWARD, **{k: v for k, v in ALONE_BACK.items() if k != "DOUT"}},
-    ),
-    "residual": (residual.forward_kernel, {}),
-    "residual_backward": (residual.backward_kernel, {**BACKWARD, **NO_TABLES}),
-    "norm_rope": (norm_rope.forward_kernel, {"K": 128, "SQUARES": None}),
-    "norm_rope_backward": (norm_rope.backward_kernel, {"K": 128, "DSQUARES": None, **BACKWARD}),
-    "sum_squares": (norm_rope.squares_kernel, {"K": 128}),
-}
+def of_numbers() -> Calls:
+    """Kernels that take numbers as they come."""
+    hidden, bias = meta(S, B, 8960), meta(8960)
+    latent = meta(B, 16, FRAMES, 60, 104)
+    each, frame = meta(B, dtype=FP32), meta(B, 1, FRAMES, 1, 1, dtype=FP32)
+    loss = meta(dtype=FP32)
+    sums = [(meta(5, B, 5120, dtype=FP32), meta(99, B, 5120, dtype=FP32))] * 3
+    cut = segments.cut(S, B, 5, B, meta(S, dtype=INT64))
+    return {
+        "bias_gelu": lambda: bias_gelu.forward(hidden, bias),
+        "bias_gelu_backward": lambda: bias_gelu.backward(hidden, hidden, bias),
+        "gelu_backward": lambda: bias_gelu.backward(hidden, hidden, None),
+        "column_sums": lambda: cut.finish(*sums),
+        "flow": lambda: losses.flow_matching(latent, latent, latent, frame),
+        "flow_backward": lambda: losses.flow_matching_backward(loss, latent, latent, latent, frame),
+        "vsd": lambda: losses.vsd(latent, latent, latent, None, True),
+        "vsd_backward": lambda: losses.vsd_backward(loss, latent, latent, latent, each),
+    }
 
 
-SIZES = [(name, 5120) for name in KERNELS]
-SIZES += [(name, 1536) for name in KERNELS if name.endswith("backward")]
+EVERYWHERE = table({**of_lines(3072), **of_heads(24, 128), **of_numbers()})
+"""On each architecture."""
+
+WIDE = table({**of_lines(5120), **of_heads(40, 128)}, EVERYWHERE.values())
+NARROW = table({**of_lines(1536), **of_heads(12, 64)}, EVERYWHERE.values())
+ON_HOPPER = [*(("wide", name) for name in WIDE), *(("narrow", name) for name in NARROW)]
 
 
-@pytest.mark.parametrize(("name", "dim"), SIZES)
-def test_lines_on_sm90(name: str, dim: int) -> None:
-    kernel, constexprs = KERNELS[name]
-    if name == "residual_layernorm_backward":
-        dim = min(dim, layernorm._LARGEST)  # beyond, two other kernels of the table are launched
-    if dim > 4096 and "STAGES" in constexprs:
-        constexprs = {**constexprs, "STAGES": 2}
-    counts = line(kernel, 90, dim, **constexprs)
-    assert counts.wide_loads + counts.ldgsts > 0
-
-
-@pytest.mark.parametrize("target", [a for a in ARCHITECTURES if a != 90])
-@pytest.mark.parametrize("name", ["residual_layernorm_backward", "norm_rope_backward"])
-def test_lines_elsewhere(name: str, target: int) -> None:
-    kernel, constexprs = KERNELS[name]
-    line(kernel, target, 3072, **constexprs)
-
-
-@pytest.mark.parametrize("target", ARCHITECTURES)
-def test_bias_gelu(target: int) -> None:
-    tile = {"LINES": bias_gelu._LINES, "COLUMNS": bias_gelu._COLUMNS}
-    compiled(bias_gelu.forward_kernel, target, 8, tile)
-    counts = compiled(bias_gelu.backward_kernel, target, 8, {**tile, **BACKWARD})
-    assert counts.wide_loads + counts.ldgsts > 0
+def check(launch: Launch, target: int) -> None:
+    counts = launch.compile(target)
+    assert counts.wide_loads + counts.ldgsts > 0, counts
 
 
 @pytest.mark.parametrize("target", ARCHITECTURES)
-def test_column_sums(target: int) -> None:
-    compiled(segments.add_more, target, 4, {"COLUMNS": 128, "LINES": 32})
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_on_each_architecture(name: str, target: int) -> None:
+    check(EVERYWHERE[name], target)
 
 
-@pytest.mark.parametrize(("head_dim", "given"), [(64, "own"), (128, "own"), (128, "reduced")])
-def test_norm_rope_tile(head_dim: int, given: str) -> None:
-    tile = {"K": head_dim, "LANES": head_dim, "SLOTS": norm_rope_tile.SLOTS}
-    squares = {"SQUARES": None} if given == "own" else {}
-    counts = compiled(norm_rope_tile.forward_kernel, 90, 8, {**tile, **squares})
-    assert counts.wide_loads > 0 and counts.wide_stores > 0
-    squares = {"DSQUARES": None} if given == "own" else {}
-    counts = compiled(norm_rope_tile.backward_kernel, 90, 8, {**tile, **squares})
-    assert counts.wide_loads > 0 and counts.wide_stores > 0
-
-
-@pytest.mark.parametrize("target", [80, 100])
-def test_norm_rope_tile_elsewhere(target: int) -> None:
-    tile = {"K": 128, "LANES": 128, "SLOTS": norm_rope_tile.SLOTS}
-    compiled(norm_rope_tile.backward_kernel, target, 8, {**tile, "DSQUARES": None})
-
-
-@pytest.mark.parametrize(
-    "name", ["flow_kernel", "flow_backward_kernel", "vsd_kernel", "vsd_backward_kernel"]
-)
-def test_losses(name: str) -> None:
-    counts = compiled(getattr(losses, name), 90, 8, {"PIECE": losses._PIECE})
-    assert counts.wide_loads > 0
+@pytest.mark.skipif(IS_OLDEST, reason=ONE_SIZE)
+@pytest.mark.parametrize(("size", "name"), ON_HOPPER)
+def test_other_sizes_on_hopper(size: str, name: str) -> None:
+    check((WIDE if size == "wide" else NARROW)[name], 90)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
+from collections.abc import Callable
 
 import pytest
+import torch
+from torch import Tensor
 
 from megagen.kernels.triton import (
     vsa_coarse,
@@ -15,144 +16,129 @@ from megagen.kernels.triton import (
     vsa_index,
     vsa_select,
 )
+from megagen.kernels.triton.vsa_index import Segments
 from megagen.kernels.triton.vsa_launch import CONFIGS
-from tests.kernels.triton.compiled import Counts, compile_kernel
+from tests.kernels.triton.compiled import ARCHITECTURES, IS_OLDEST, ONE_SIZE
+from tests.kernels.triton.launches import Launch, launches, meta, table
 
-OLDEST = "triton-oldest" in os.environ.get("PYTHONPATH", "")
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-BF16, I32, I64, FP32 = "*bf16", "*i32", "*i64", "*fp32"
-LISTS = {"blocks": I32, "starts": I64, "full": I32, "kept": I32, "q_sizes": I32, "kv_sizes": I32}
-NUMBERS = {"num_q": "i32", "num_k": "i32"}
-SAVED = {"lse2": FP32, "delta": FP32, "scale": "fp32"}
-FINE: dict[str, tuple[Any, dict[str, str], tuple[str, ...]]] = {
-    "fine_forward": (
-        vsa_fine_forward.fine_forward_kernel,
-        {"o": BF16, "lse": FP32, "scale_log2e": "fp32"},
-        ("q_source", "k_source", "v_source"),
-    ),
-    "fine_dq": (
-        vsa_fine_backward.fine_dq_kernel,
-        {"dq": BF16, **SAVED},
-        ("q_source", "k_source", "v_source", "do_source"),
-    ),
-    "fine_dkv": (
-        vsa_fine_backward.fine_dkv_kernel,
-        {"dk": BF16, "dv": BF16, "order": I32, **SAVED},
-        ("q_source", "k_source", "v_source", "do_source"),
-    ),
-}
+H, Q, K, M = 12, 546, 1440, 144
+"""Heads, query and key blocks, and places of a list."""
+
+FP32, INT32, INT64 = torch.float32, torch.int32, torch.int64
+SIZES = (meta(Q, dtype=INT32), meta(K, dtype=INT32))
+SOURCES = {"fine_forward": 3, "fine_dq": 4, "fine_dkv": 4}
+"""Tensors that a kernel of the fine stage reads block by block."""
 
 
-def fits(counts: Counts, target: int) -> Counts:
-    assert counts.shared <= SHARED[target], counts
-    return counts.check()
+def blocks(number: int, dim: int) -> Tensor:
+    return meta(1, H, 64 * number, dim)
+
+
+def lists(rows: int) -> Segments:
+    counts = meta(H * rows, dtype=INT32)
+    return Segments(meta(H * rows * M, dtype=INT32), meta(H * rows, dtype=INT64), counts, counts)
+
+
+def fine(kernel: str, dim: int, target: int) -> Launch:
+    """The launch of a kernel of the fine stage as the table has it."""
+    config = CONFIGS[kernel, dim, target]
+    q, k, lse = blocks(Q, dim), blocks(K, dim), meta(1, H, 64 * Q, dtype=FP32)
+    end = (*SIZES, dim**-0.5, config)
+    calls: dict[str, Callable[[], object]] = {
+        "fine_forward": lambda: vsa_fine_forward.fine_forward(q, k, k, lists(Q), *end),
+        "fine_dq": lambda: vsa_fine_backward.fine_dq(q, k, k, q, lse, lse, lists(Q), *end),
+        "fine_dkv": lambda: vsa_fine_backward.fine_dkv(q, k, k, q, lse, lse, lists(K), *end),
+    }
+    (launch,) = launches(calls[kernel])
+    return launch
+
+
+FINE = {key: fine(*key) for key in CONFIGS}
 
 
 @pytest.mark.parametrize(("kernel", "dim", "target"), CONFIGS, ids=str)
 def test_fine_stage(kernel: str, dim: int, target: int) -> None:
-    if OLDEST and dim == 64 and target != 90:
-        pytest.skip("the installed triton's count is enough: wider heads need more registers")
-    config = CONFIGS[kernel, dim, target]
-    function, outputs, sources = FINE[kernel]
-    source = f"tensordesc<bf16[64,{dim}]>" if config.tma else BF16
-    constants: dict[str, Any] = {"D": dim, "TMA": config.tma}
-    if kernel == "fine_forward":
-        constants["PAIRS"] = config.pairs
-    signature = {**LISTS, **NUMBERS, **outputs, **dict.fromkeys(sources, source)}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    counts = fits(compile_kernel(function, signature, constants, target, options), target)
+    if IS_OLDEST and dim == 64 and target != 90:
+        pytest.skip(ONE_SIZE)
+    counts = FINE[kernel, dim, target].compile(target)
     if target == 80:
         assert counts.hmma > 0 and counts.ldgsts > 0
     if target == 90:
         assert counts.hgmma > 0
         # each of the two loops prefetches, and the blocks that stay are loaded in bulk too
-        assert counts.utmaldg > 2 * len(sources), counts
+        assert counts.utmaldg > 2 * SOURCES[kernel], counts
 
 
-@pytest.mark.parametrize(
-    ("dim", "num_k", "target"), [(128, 1440, 80), (128, 1440, 90), (128, 1440, 100), (64, 4096, 90)]
+def coarse(dim: int, num_k: int, score_dtype: torch.dtype) -> Callable[[], object]:
+    q, k, sizes = meta(1, H, Q, dim), meta(1, H, num_k, dim), meta(num_k, dtype=INT32)
+    return lambda: vsa_coarse.coarse_forward(q, k, k, sizes, 144, dim**-0.5, score_dtype)
+
+
+def of_blocks(dim: int) -> dict[str, Callable[[], object]]:
+    """Kernels around the products; tokens and gate lie in a fused projection."""
+    x = meta(32_760, 1, 4 * H, dim).transpose(0, 1)[:, :, :H]
+    packed = meta(1, 32_760, H, dim)
+    slots, means, (sizes, _) = blocks(Q, dim), meta(1, H, Q, dim), SIZES
+    to_raster, to_slot = meta(64 * Q, dtype=INT64), meta(32_760, dtype=INT64)
+    lse = meta(1, H, 64 * Q, dtype=FP32)
+    glue, delta = vsa_glue, vsa_fine_backward.fine_delta
+    return {
+        "tile_pool": lambda: glue.tile_pool(x, to_raster, sizes),
+        "tile_pool_backward": lambda: glue.tile_pool_backward(slots, means, to_slot, sizes),
+        "untile": lambda: glue.untile_combine(slots, means, x, to_slot),
+        "untile_backward": lambda: glue.untile_combine_backward(packed, means, x, to_raster),
+        "untile_ungated": lambda: glue.untile_combine(slots, means, None, to_slot),
+        "untile_ungated_backward": lambda: glue.untile_combine_backward(
+            packed, means, None, to_raster
+        ),
+        "means": lambda: vsa_coarse.block_mean(slots, sizes),
+        "delta": lambda: delta(slots, slots, lse, None, sizes),
+        "delta_of_lse": lambda: delta(slots, slots, lse, lse, sizes),
+    }
+
+
+def of_lists() -> dict[str, Callable[[], object]]:
+    idx, num = meta(1, H, Q, M, dtype=INT32), meta(1, H, Q, dtype=INT32)
+    scores, long = meta(1, H, Q, K, dtype=FP32), meta(1, H, Q, 4096, dtype=FP32)
+    return {
+        "parted": lambda: vsa_index.key_blocks_of_queries(idx, num, SIZES[1]),
+        "transposed": lambda: vsa_index.transpose_index(idx, num, K),
+        "chosen": lambda: vsa_select.select_topk(scores, SIZES[1], M),
+        "chosen_of_4096": lambda: vsa_select.select_topk(long, meta(4096, dtype=INT32), M),
+    }
+
+
+EVERYWHERE = table({**of_blocks(128), **of_lists(), "coarse": coarse(128, K, FP32)})
+"""On each architecture."""
+
+ON_HOPPER = table(
+    {
+        **of_blocks(64),
+        "coarse_in_bf16": coarse(128, K, torch.bfloat16),
+        "coarse_of_4096": coarse(64, 4096, FP32),
+    },
+    EVERYWHERE.values(),
 )
-def test_coarse_stage(dim: int, num_k: int, target: int) -> None:
-    means = ("qm", "km", "vm", "oc")
-    ints = ("num_q", "num_k", "width", "tiles_per_head", "num_tiles")
-    signature = {
-        **dict.fromkeys(means, BF16),
-        **dict.fromkeys(("sizes", "idx", "num"), I32),
-        **dict.fromkeys(("lse", "notes"), FP32),
-        **dict.fromkeys(ints, "i32"),
-        "scale": "fp32",
-    }
-    wide = -(-num_k // 64) * 64
-    constants = {"D": dim, "WIDE": wide, "ROUND": num_k == 4096, **vsa_select.blocking(num_k, 64)}
-    options = {"num_warps": 8, "num_stages": 2}
-    counts = compile_kernel(vsa_coarse.coarse_forward_kernel, signature, constants, target, options)
-    fits(counts, target)
-    if target == 90:
-        assert counts.hgmma > 0
+NUMBER_BY_NUMBER = ("parted", "transposed", "chosen")
+"""Lists begin anywhere."""
 
 
-@pytest.mark.parametrize("num_k", [1440, 4096])
-def test_selection(num_k: int) -> None:
-    signature = {
-        "scores": FP32,
-        **dict.fromkeys(("sizes", "idx", "num"), I32),
-        **dict.fromkeys(("num_rows", "num_k", "width"), "i32"),
-    }
-    constants = vsa_select.blocking(num_k, 64)
-    fits(compile_kernel(vsa_select.select_kernel, signature, constants, 90, {"num_warps": 8}), 90)
+def check(name: str, launch: Launch, target: int) -> None:
+    counts = launch.compile(target)
+    if name.startswith("coarse"):
+        assert target != 90 or counts.hgmma > 0
+    elif not name.startswith(NUMBER_BY_NUMBER):
+        assert counts.wide_loads > 0
+        assert name.startswith(("means", "delta")) or counts.wide_stores > 0
 
 
-def test_lists() -> None:
-    part = {"blocks": I32, "parted": I32, "starts": I64, "counts": I32, "sizes": I32}
-    mark = {"idx": I32, "num": I32, "bitmap": I32, **NUMBERS, "width": "i32", "words": "i32"}
-    read = {"bitmap": I32, "counts": I32, "indptr": I32, "rows": I32}
-    read.update({"num_k": "i32", "words": "i32", "storage": "i32"})
-    one = {"num_warps": 1}
-    part.update({"full": I32, "kept": I32})
-    fits(compile_kernel(vsa_index.part_kernel, part, {"CHUNK": 256}, 90, one), 90)
-    fits(compile_kernel(vsa_index.mark_kernel, mark, {"CHUNK": 128}, 90, one), 90)
-    constants = {"WORDS": 32, "FILL": True}
-    fits(compile_kernel(vsa_index.read_kernel, read, constants, 90), 90)
+@pytest.mark.parametrize("target", ARCHITECTURES)
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_on_each_architecture(name: str, target: int) -> None:
+    check(name, EVERYWHERE[name], target)
 
 
-def test_glue() -> None:
-    """Rows of a head go in 16 bytes each way."""
-    strides = ("stride_b", "stride_s", "stride_h")
-    counts = {"num_blocks": "i32", "heads": "i32"}
-    tokens = {"num_tokens": "i32", "raster_to_slot": I64}
-    signatures: dict[str, dict[str, str]] = {
-        "tile_pool": {
-            **dict.fromkeys(("x", "slots", "mean"), BF16),
-            **dict.fromkeys(strides, "i32"),
-        },
-        "tile_pool_backward": {**dict.fromkeys(("dslots", "dmean", "dx"), BF16), **tokens},
-        "untile_combine": {
-            **dict.fromkeys(("o", "oc", "gate", "out"), BF16),
-            **dict.fromkeys(strides, "i32"),
-            **tokens,
-        },
-        "untile_combine_backward": {
-            **dict.fromkeys(("dout", "oc", "gate", "do", "doc", "dgate"), BF16),
-            **dict.fromkeys(strides, "i32"),
-            "num_tokens": "i32",
-            "slot_to_raster": I64,
-        },
-    }
-    signatures["tile_pool"].update({"slot_to_raster": I64, "sizes": I32})
-    signatures["tile_pool_backward"]["sizes"] = I32
-    for name, signature in signatures.items():
-        kernel = getattr(vsa_glue, f"{name}_kernel")
-        found = compile_kernel(
-            kernel, {**signature, **counts}, {"D": 128}, 90, divisibility=strides
-        )
-        assert fits(found, 90).wide_stores > 0 and found.wide_loads > 0, name
-
-
-def test_means_and_delta() -> None:
-    mean = {"x": BF16, "sizes": I32, "mean": BF16, "num_blocks": "i32"}
-    counts = fits(compile_kernel(vsa_coarse.block_mean_kernel, mean, {"D": 128}, 90), 90)
-    assert counts.loads == counts.wide_loads + 1, "all but the size in 16 bytes"
-    delta = {"o": BF16, "do": BF16, "q_sizes": I32, "num_q": "i32"}
-    delta.update(dict.fromkeys(("lse", "lse2", "delta"), FP32))
-    constants = {"D": 128, "dlse": None}
-    fits(compile_kernel(vsa_fine_backward.fine_delta_kernel, delta, constants, 90), 90)
+@pytest.mark.skipif(IS_OLDEST, reason=ONE_SIZE)
+@pytest.mark.parametrize("name", ON_HOPPER)
+def test_other_sizes_on_hopper(name: str) -> None:
+    check(name, ON_HOPPER[name], 90)
