@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,9 +78,21 @@ def draw(
     return Case(q, k, v, do, dlse, lists, 1 / math.sqrt(dim))
 
 
-def run(case: Case, backward: Callable[..., tuple[Tensor, ...]] | None) -> dict[str, Tensor]:
-    """Outputs of the CUDA kernels, and gradients where there is a backward."""
-    o, lse = cuda.fine_forward(case.q, case.k, case.v, case.lists, case.scale)
+def popular(case: Case) -> Case:
+    """The same where every query block lists the first key block, whose own list is long."""
+    idx, num = case.lists.idx_BHqM.clone(), case.lists.num_BHq
+    assert (num > 0).all()
+    idx[..., 0] = 0
+    return replace(case, lists=replace(case.lists, idx_BHqM=idx))
+
+
+def run(
+    case: Case,
+    backward: Callable[..., tuple[Tensor, ...]] | None,
+    forward: Callable[..., tuple[Tensor, Tensor]] = cuda.fine_forward,
+) -> dict[str, Tensor]:
+    """Outputs of the CUDA kernels, or of others, and gradients where there is a backward."""
+    o, lse = forward(case.q, case.k, case.v, case.lists, case.scale)
     found = {"o": o, "lse": lse}
     if backward is not None:
         given = (case.do, case.dlse, case.q, case.k, case.v, o, lse, case.lists, case.scale)
@@ -90,16 +102,42 @@ def run(case: Case, backward: Callable[..., tuple[Tensor, ...]] | None) -> dict[
 
 def expect(case: Case) -> dict[str, Tensor]:
     """The definition in fp64, of the same rounded inputs without their garbage."""
+    q, k, v, do, dlse = exactly(case)
+    o, lse = reference.fine_forward(q, k, v, case.lists, case.scale)
+    grads = reference.fine_backward(do, dlse, q, k, v, o, lse, case.lists, case.scale)
+    return {"o": o, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+
+
+def exactly(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, do and dlse in fp64, zeros in their empty slots."""
     pads_q, pads_k = (
         (torch.arange(64, device=sizes.device) >= sizes[:, None]).flatten()[:, None]
         for sizes in (case.lists.q_sizes, case.lists.kv_sizes)
     )
     q, do = (x.double().masked_fill(pads_q, 0) for x in (case.q, case.do))
     k, v = (x.double().masked_fill(pads_k, 0) for x in (case.k, case.v))
-    dlse = case.dlse.double().masked_fill(pads_q[:, 0], 0)
-    o, lse = reference.fine_forward(q, k, v, case.lists, case.scale)
-    grads = reference.fine_backward(do, dlse, q, k, v, o, lse, case.lists, case.scale)
-    return {"o": o, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+    return q, k, v, do, case.dlse.double().masked_fill(pads_q[:, 0], 0)
+
+
+def check_backward(case: Case, found: dict[str, Tensor], limit: float = 4e-3) -> None:
+    """Each gradient in fp64 of the very ``o`` and LSE that were found.
+
+    Where one score outweighs the others, ``dP - delta`` is what is left of two large numbers: it
+    shows how ``o`` was rounded, which no backward can undo. All that this one adds are the
+    roundings of P, dS and its results.
+    """
+    q, k, v, do, dlse = exactly(case)
+    given = (do, dlse, q, k, v, found["o"].double(), found["lse"].double())
+    wanted = reference.fine_backward(*given, case.lists, case.scale)
+    for name, gradient in zip(("dq", "dk", "dv"), wanted, strict=True):
+        assert error(found[name], gradient) < limit, name
+
+
+def rounded_reference(case: Case) -> Tensor:
+    """What torch makes of all blocks with bf16 operands and weights: what the format allows."""
+    scores = case.scale * (case.q.float() @ case.k.float().transpose(-1, -2))
+    weights = scores.softmax(-1)
+    return (weights.bfloat16().float() @ case.v.float()).bfloat16()
 
 
 def check(case: Case, found: dict[str, Tensor], *, grad_limit: float = 1e-2) -> None:

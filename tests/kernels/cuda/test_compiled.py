@@ -14,6 +14,7 @@ import pytest
 
 from megagen import kernels
 
+ROOT = Path(__file__).parents[3]
 MATRIX = ("forward_kernel", "query_grad_kernel", "key_grad_kernel")
 VARIANTS = {
     "forward_kernel": {("Bf16", 64), ("Bf16", 128), ("Fp16", 64), ("Fp16", 128)},
@@ -114,6 +115,17 @@ def test_products_stay_under_way_where_the_source_says(
         if is_fast:
             expected[0] += 4 * dim // 64
         assert pending == expected, (dim, is_fast)
+
+
+def test_every_kernel_of_the_source_is_in_it(code: dict[str, list[str]]) -> None:
+    sources = (ROOT / "csrc" / "cuda").glob("*.cuh")
+    pattern = r"HW_(?:SMALL_)?KERNEL\(.*\)\n(\w+)\("
+    names = {name for source in sources for name in re.findall(pattern, source.read_text())}
+    assert names >= {*MATRIX, "combine_grad_kernel", "fill_kernel", "probe_kernel"}
+    for name in names:
+        assert any(f"{len(name)}{name}" in mangled for mangled in code), name
+    fast = {(dim, is_fast) for _, dim, is_fast, _ in variants(code, "key_grad_kernel")}
+    assert fast == {(dim, is_fast) for dim in (64, 128) for is_fast in (False, True)}
 
 
 def test_nothing_is_spilled(code: dict[str, list[str]]) -> None:
