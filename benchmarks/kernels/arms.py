@@ -6,6 +6,7 @@ for many steps (lists, masks, compilation) is done there and not timed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -90,35 +91,43 @@ def why_not_there(module: str) -> str | None:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+    line = next(iter(str(error).strip().splitlines()), "")[:160]
+    if re.match(r"\w+(Error|Exception): ", line):  # told by another process
+        return line
+    return f"{type(error).__name__}: {line}".removesuffix(": ")
 
 
 def sparse(
     problem: Problem, *, backend: str, deterministic: bool = True, is_all: bool = False
 ) -> Call:
     """``block_sparse_attention``."""
-    leaves = problem.leaves("slots")
+    q, k, v = leaves = problem.leaves("slots")
     index, sizes = problem.every if is_all else problem.index, problem.sizes_n
-    options: dict[str, Any] = {"backend": backend, "deterministic": deterministic}
-    return Call(lambda: block_sparse_attention(*leaves, index, sizes, sizes, **options)[0], leaves)
+
+    def run() -> Tensor:
+        out, _ = block_sparse_attention(
+            q, k, v, index, sizes, sizes, backend=backend, deterministic=deterministic
+        )
+        return out
+
+    return Call(run, leaves)
 
 
 def layer(problem: Problem, *, backend: str, deterministic: bool = True) -> Call:
     """``vsa_attention``, tokens in raster order to tokens in raster order."""
     leaves = problem.leaves("bshd", has_gate=True)
-    layout, topk = problem.row.layout, problem.row.selected
-    options: dict[str, Any] = {
-        "layout": layout,
-        "topk": topk,
-        "backend": backend,
-        "deterministic": deterministic,
-    }
+    attend: Callable[..., Any] = partial(
+        vsa_attention,
+        layout=problem.row.layout,
+        topk=problem.row.selected,
+        backend=backend,
+        deterministic=deterministic,
+    )
     with torch.no_grad():
-        _, aux = vsa_attention(*leaves, return_aux=True, **options)
+        _, aux = attend(*leaves, return_aux=True)
 
     def run() -> Tensor:
-        out: Tensor = vsa_attention(*leaves, **options)
+        out: Tensor = attend(*leaves)
         return out
 
     return Call(run, leaves, ("dq", "dk", "dv", "dgate"), aux.index)
@@ -126,13 +135,13 @@ def layer(problem: Problem, *, backend: str, deterministic: bool = True) -> Call
 
 def sdpa(problem: Problem, *, backends: tuple[SDPBackend, ...] = ()) -> Call:
     """torch's dense attention on real tokens, by the given backends or by its own choice."""
-    leaves = problem.leaves("bhsd")
+    q, k, v = leaves = problem.leaves("bhsd")
 
     def run() -> Tensor:
         if not backends:
-            return scaled_dot_product_attention(*leaves)
+            return scaled_dot_product_attention(q, k, v)
         with sdpa_kernel(list(backends)):
-            return scaled_dot_product_attention(*leaves)
+            return scaled_dot_product_attention(q, k, v)
 
     return Call(run, leaves)
 

@@ -121,7 +121,8 @@ def _try_all(
     arms: dict[str, Any] = {}
     calls: dict[str, Callable[[], Any]] = {}
     for arm, function in functions(spec, device).items():
-        arms[arm] = record = {"ours": arm == "megagen", "kind": "fused"}
+        record: dict[str, Any] = {"ours": arm == "megagen", "kind": "fused"}
+        arms[arm] = record
         record["status"] = options.skip.get(arm, "measured")
         if function is None:
             record["status"] = f"{NOT_MEASURED}: a CPU has megagen and eager alone"

@@ -24,8 +24,8 @@ from megagen.kernels.vsa import BLOCK, index_from_map, map_from_index
 
 _MASK_TOKENS = 4096
 """Beyond so many, a mask of every pair of tokens is too much memory to be of use."""
-_FLEX_GPU = {"BLOCK_M": BLOCK, "BLOCK_N": BLOCK}
-"""A query tile of the default 128 would not divide blocks of 64."""
+_FLEX_MODE = "max-autotune-no-cudagraphs"
+"""Tiles of its default 128 do not divide blocks of 64; among those it tries some do."""
 
 
 def for_cpu(row: Row) -> tuple[Arm, ...]:
@@ -111,18 +111,23 @@ def flex(problem: Problem) -> Call:
     is_listed, is_full = map_from_index(problem.index, n), sizes == BLOCK
     # different tensors, even where both are empty: the compiler tells arguments by their memory
     full, ragged = (index_from_map(is_listed & kind) for kind in (is_full, ~is_full))
-    masks: dict[str, Any] = {"BLOCK_SIZE": BLOCK}
-    if not bool(is_full.all()):
-        masks["mask_mod"] = lambda b, h, q, k: k % BLOCK < sizes[k // BLOCK]
-    lists = (ragged.num_BHq, ragged.idx_BHqM, full.num_BHq, full.idx_BHqM)
-    mask = BlockMask.from_kv_blocks(*(x.contiguous() for x in lists), **masks)
-    compiled = torch.compile(flex_attention)
-    options = {} if problem.device.type == "cpu" else {"kernel_options": _FLEX_GPU}
-    if problem.device.type == "cpu":
+    is_ragged = not bool(is_full.all())
+    mask = BlockMask.from_kv_blocks(
+        ragged.num_BHq.contiguous(),
+        ragged.idx_BHqM.contiguous(),
+        full.num_BHq.contiguous(),
+        full.idx_BHqM.contiguous(),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=(lambda b, h, q, k: k % BLOCK < sizes[k // BLOCK]) if is_ragged else None,
+    )
+    on_cpu = problem.device.type == "cpu"
+    compiled = torch.compile(flex_attention, mode=None if on_cpu else _FLEX_MODE)
+    if on_cpu:
         leaves = tuple(x.detach() for x in leaves)
+    q, k, v = leaves
 
     def run() -> Tensor:
-        out: Tensor = compiled(*leaves, block_mask=mask, **options)
+        out: Tensor = compiled(q, k, v, block_mask=mask)
         return out
 
     return Call(run, leaves)
@@ -136,7 +141,8 @@ def sdpa_masked(problem: Problem) -> Call:
     pairs = is_listed.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
     bias = torch.zeros(pairs.shape, device=problem.device, dtype=problem.q.dtype)
     bias.masked_fill_(~(pairs & is_real.flatten()), -torch.inf)
-    return Call(lambda: scaled_dot_product_attention(*leaves, attn_mask=bias), leaves)
+    q, k, v = leaves
+    return Call(lambda: scaled_dot_product_attention(q, k, v, attn_mask=bias), leaves)
 
 
 def _too_long_for_a_mask(row: Row, device: torch.device) -> str | None:

@@ -124,6 +124,6 @@ def smooth_field(row: Row, generator: torch.Generator) -> Tensor:
 
 def _by_means(row: Row, q: Tensor, k: Tensor, v: Tensor) -> BlockIndex:
     sizes = row.layout.tables(q.device).sizes_n
-    means = (block_mean(tile(x, row.layout), sizes) for x in (q, k, v))
-    _, _, index = coarse_attention(*means, sizes, topk=row.selected)
+    qm, km, vm = (block_mean(tile(x, row.layout), sizes) for x in (q, k, v))
+    _, _, index = coarse_attention(qm, km, vm, sizes, topk=row.selected)
     return index

@@ -100,6 +100,8 @@ def _try_all(
     judge = Judge(inputs)
     for arm in arms_of(row, device):
         status = options.skip.get(arm.name) or arm.absence(row, device)
+        if arm.kind == "layer" and inputs.mask == "local":
+            status = f"{NOT_MEASURED}: a layer chooses its own lists"
         found[arm.name] = record = {"kind": arm.kind, "ours": arm.is_ours, "status": status}
         if status is not None:
             continue
@@ -197,7 +199,7 @@ def cells(times: dict[str, Timing], clock: Clock, work: Work, ceiling: float) ->
             "wall_ms": 1e3 * times[direction].wall,
             "flop_per_s_blocks": factor * work.blocks / seconds,
             "flop_per_s_tokens": factor * work.tokens / seconds,
-            "share_of_ceiling": factor * work.blocks / seconds / ceiling,
+            "share_of_ceiling": factor * work.tokens / seconds / ceiling,
         }
         if f"{direction} hot" in times:
             found[direction]["hot_ms"] = 1e3 * times[f"{direction} hot"].wall

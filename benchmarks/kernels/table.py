@@ -80,8 +80,9 @@ def _directions(record: Record, unit: str, per: float) -> list[str]:
     arms: dict[str, Record] = record["arms"]
     ours = [name for name, arm in arms.items() if arm["ours"]]
     others = [name for name, arm in arms.items() if not arm["ours"]]
+    peers = [name for name in others if arms[name]["status"] == "measured"]
     head = ["arm", "direction", "ms", f"{unit} on blocks", "on real tokens", "of product"]
-    head += [*(f"{name} takes" for name in others), "over fine", "peak MB", "error"]
+    head += [*(f"{name} takes" for name in peers), "over fine", "peak MB", "error"]
     lines = [head, ["---"] * len(head)]
     for name in (*ours, *others):
         arm = arms[name]
@@ -92,17 +93,17 @@ def _directions(record: Record, unit: str, per: float) -> list[str]:
             cell = arm.get(direction, NOT_MEASURED)
             if direction == "both" and not isinstance(cell, dict):
                 continue
-            lines.append([name, direction, *_cells(arm, direction, others, per)])
+            lines.append([name, direction, *_cells(arm, direction, peers, per)])
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def _cells(arm: Record, direction: str, others: Sequence[str], per: float) -> list[str]:
+def _cells(arm: Record, direction: str, peers: Sequence[str], per: float) -> list[str]:
     cell = arm[direction]
     if not isinstance(cell, dict):
         why = arm.get("no_backward")
-        return [f"{cell}: {why}" if why else cell, *[""] * (len(others) + 6)]
+        return [f"{cell}: {why}" if why else cell, *[""] * (len(peers) + 6)]
     times = cell.get("times", {})
-    ratios = [f"{times[name]:.2f}x" if name in times else "" for name in others]
+    ratios = [f"{times[name]:.2f}x" if name in times else "" for name in peers]
     fine = f"{cell['over_fine']:.2f}x" if "over_fine" in cell else ""
     hot = f" ({cell['hot_ms']:.3g} hot)" if "hot_ms" in cell else ""
     rates = [f"{cell[f'flop_per_s_{key}'] / per:.3g}" for key in ("blocks", "tokens")]

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def measured(task: Task, limit_s: float, command: Command = command) -> dict[str
         command: of the worker.
     """
     skip: dict[str, str] = {}
+    start = time.perf_counter()
     for _ in range(_TRIES):
         with tempfile.TemporaryDirectory() as folder:
             result, now = Path(folder) / "result.json", Path(folder) / "now"
@@ -50,7 +52,7 @@ def measured(task: Task, limit_s: float, command: Command = command) -> dict[str
                 code, reason = 1, f"ran longer than {limit_s:g} s"
             if code == 0 and result.exists():
                 record: dict[str, Any] = json.loads(result.read_text())
-                return record
+                return {**record, "whole_s": time.perf_counter() - start}
             last = now.read_text().partition("|")[0]
         if last in COMMON or last in skip:
             return {"status": f"not measured: {last} {reason}"}

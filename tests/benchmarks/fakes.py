@@ -131,5 +131,6 @@ BSA = SimpleNamespace(
 
 def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
     """``[B, S, H, D]``; the LSE beside it, as some versions do."""
-    out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2), None

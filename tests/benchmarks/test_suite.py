@@ -107,7 +107,7 @@ def test_figures_follow_from_the_times(record: dict[str, Any]) -> None:
     back = found["cpu"]["backward"]
     assert back["flop_per_s_blocks"] == pytest.approx(2.5 * row.flop / back["ms"] * 1e3)
     ceiling = record["ceiling"]["flop_per_s"]
-    assert ours["share_of_ceiling"] == pytest.approx(ours["flop_per_s_blocks"] / ceiling)
+    assert ours["share_of_ceiling"] == pytest.approx(ours["flop_per_s_tokens"] / ceiling)
     assert ours["times"]["SDPA"] == pytest.approx(dense["ms"] / ours["ms"])
     assert layer["over_fine"] == pytest.approx(layer["ms"] / ours["ms"])
     assert set(ours["times"]) == {"SDPA", "right"}
@@ -262,6 +262,12 @@ def test_arms_take_turns() -> None:
     _, rounds = clock.take_turns(calls, clock.CpuClock(), least=3, most=9, seconds=0)
     assert (rounds, ran) == (3, list("ababab"))
     announced: list[str] = []
-    limits = {"least": 1, "most": 2, "seconds": 1e9}
+    limits: dict[str, Any] = {"least": 1, "most": 2, "seconds": 1e9}
     _, rounds = clock.take_turns(calls, clock.CpuClock(), announce=announced.append, **limits)
     assert (rounds, announced) == (2, list("abab"))
+
+
+def test_an_error_is_one_line_with_its_kind_once() -> None:
+    assert arms.first_line(ValueError("a\nb")) == "ValueError: a"
+    assert arms.first_line(RuntimeError("ValueError: a")) == "ValueError: a"
+    assert arms.first_line(AssertionError()) == "AssertionError"
