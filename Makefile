@@ -35,7 +35,7 @@ pytest: setup triton-oldest
 
 bench: setup
 	$(BIN)/python -m benchmarks.kernels
-	$(BIN)/python -m benchmarks.kernels --threads 2 --part vsa
+	$(BIN)/python -m benchmarks.kernels --threads 2 --part vsa --seconds 10
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.fastgen
 	$(BIN)/python -m benchmarks.dmd2_memory

@@ -20,7 +20,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.kernels.problem import Problem
 from benchmarks.kernels.rows import HEAD_DIM, Row
-from megagen.kernels.vsa import BlockIndex, block_sparse_attention, dispatch, vsa_attention
+from megagen.kernels.vsa import (
+    BlockIndex,
+    block_mean,
+    block_sparse_attention,
+    coarse_attention,
+    dispatch,
+    tile,
+    untile,
+    vsa_attention,
+)
 
 KINDS = ("sparse", "all", "dense", "layer")
 """The fine stage on the row's lists; on lists of all blocks; dense on real tokens; all of
@@ -131,6 +140,20 @@ def layer(problem: Problem, *, backend: str, deterministic: bool = True) -> Call
         return out
 
     return Call(run, leaves, ("dq", "dk", "dv", "dgate"), aux.index)
+
+
+def parts(problem: Problem, *, backend: str) -> dict[str, Callable[[], Any]]:
+    """Forwards of what a layer is made of, by the public operations; the layer fuses some."""
+    layout, sizes, topk = problem.row.layout, problem.sizes_n, problem.row.selected
+    tokens = (problem.q, problem.k, problem.v)
+    slots = tuple(x.detach() for x in problem.leaves("slots"))
+    qm, km, vm = (block_mean(x, sizes, backend=backend) for x in slots)
+    return {
+        "tiling": lambda: [tile(x, layout) for x in tokens],
+        "means": lambda: [block_mean(x, sizes, backend=backend) for x in slots],
+        "coarse": lambda: coarse_attention(qm, km, vm, sizes, topk=topk, backend=backend),
+        "untiling": lambda: untile(slots[0], layout),
+    }
 
 
 def sdpa(problem: Problem, *, backends: tuple[SDPBackend, ...] = ()) -> Call:

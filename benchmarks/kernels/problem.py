@@ -68,7 +68,8 @@ class Problem:
         """q, k, v and, if wanted, the gate in an order, to take gradients of; arms share them."""
         if order not in self._leaves:
             given = (self.q, self.k, self.v, self.gate)
-            self._leaves[order] = tuple(self.ordered(x, order).requires_grad_() for x in given)
+            ordered = (self.ordered(x, order).detach() for x in given)
+            self._leaves[order] = tuple(x.requires_grad_() for x in ordered)
         return self._leaves[order][: 4 if has_gate else 3]
 
     def head(self, x: Tensor, order: str, head: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels import peers, problem
-from benchmarks.kernels.arms import Arm, Call, first_line
+from benchmarks.kernels.arms import Arm, Call, first_line, parts
 from benchmarks.kernels.clock import (
     NOT_MEASURED,
     Clock,
@@ -33,6 +33,7 @@ _ROUNDS = {"cpu": (2, 5), "cuda": (5, 25)}
 """Fewest and most rounds. One is enough on a CPU with several threads, where the trial was in this
 process and warmed it."""
 _PRODUCT = "matrix product"
+_PART = "part "
 
 
 def arms_of(row: Row, device: torch.device) -> tuple[Arm, ...]:
@@ -67,6 +68,7 @@ def measure(row: Row, mask: str, device: torch.device, options: Options) -> dict
         },
         "load_average": os.getloadavg()[0],
         "gpu": gpu_state() if device.type == "cuda" else None,
+        "parts": breakdown(calls, times, clock),
         "arms": found,
     }
     for arm in arms_of(row, device):
@@ -166,6 +168,10 @@ def _time(
     """Timings by arm and direction (``hot``: with a warm cache), rounds, FLOP/s of the product."""
     device = inputs.device
     timed = timed_calls(inputs, calls)
+    backend = _backend(calls)
+    if backend is not None:
+        pieces = parts(inputs, backend=backend).items()
+        timed |= {f"{_PART}{name}|forward": run for name, run in pieces}
     multiply, flop = product(device, inputs.q.dtype)
     least, most = _ROUNDS[device.type]
     if device.type == "cpu" and torch.get_num_threads() > 1:
@@ -184,6 +190,29 @@ def _time(
             arm, _, direction = name.partition("|")
             times[arm][f"{direction} hot"] = timing
     return times, rounds, flop / clock.seconds(times[_PRODUCT][""])
+
+
+def _backend(calls: dict[str, tuple[Arm, Call]]) -> str | None:
+    """The first of ours whose layer is measured."""
+    layers = (name for name, (arm, _) in calls.items() if arm.is_ours and arm.kind == "layer")
+    return next((name.partition(",")[0] for name in layers), None)
+
+
+def breakdown(
+    calls: dict[str, tuple[Arm, Call]], times: dict[str, dict[str, Timing]], clock: Clock
+) -> dict[str, Any] | None:
+    """Milliseconds of a forward's parts, and of the whole."""
+    backend = _backend(calls)
+    if backend is None:
+        return None
+    names = {n.removeprefix(_PART): n for n in times if n.startswith(_PART)}
+    names |= {"fine": backend, "whole": f"{backend}, whole layer"}
+    found = {
+        part: 1e3 * clock.seconds(times[name]["forward"])
+        for part, name in names.items()
+        if name in times
+    }
+    return {"backend": backend, "forward_ms": found}
 
 
 def cells(times: dict[str, Timing], clock: Clock, work: Work, ceiling: float) -> dict[str, Any]:

@@ -61,8 +61,17 @@ def attention(records: Sequence[Record], device: str) -> str:
             f"{record['overlap']:.2f} of a list.",
             "",
         ]
-        parts += [*_directions(record, unit, per), ""]
+        parts += [*_directions(record, unit, per), "", *_parts(record)]
     return "\n".join(parts)
+
+
+def _parts(record: Record) -> list[str]:
+    """What a layer's forward is made of."""
+    known = record["parts"]
+    if known is None:
+        return [f"Parts of a layer: {NOT_MEASURED}.", ""]
+    words = ", ".join(f"{name} {ms:.3g}" for name, ms in known["forward_ms"].items())
+    return [f"Forward of a layer on {known['backend']}, ms: {words}.", ""]
 
 
 def title(record: Record) -> str:

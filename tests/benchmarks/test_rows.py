@@ -136,3 +136,5 @@ def test_orders_of_tokens_come_back(seeded: torch.Generator) -> None:
         tiled = problem.ordered(x, order)
         for head in range(2):
             assert torch.equal(problem.head(tiled, order, head), x[0, :, head])
+        assert all(leaf.requires_grad for leaf in problem.leaves(order, has_gate=True))
+        assert not x.requires_grad

@@ -116,6 +116,18 @@ def test_figures_follow_from_the_times(record: dict[str, Any]) -> None:
     assert "times" not in dense
 
 
+def test_a_layer_is_taken_apart(record: dict[str, Any]) -> None:
+    known, found = record["parts"], record["arms"]
+    assert known["backend"] == "cpu"
+    told = known["forward_ms"]
+    assert set(told) == {"tiling", "means", "coarse", "untiling", "fine", "whole"}
+    assert told["fine"] == found["cpu"]["forward"]["ms"]
+    assert told["whole"] == found["cpu, whole layer"]["forward"]["ms"]
+    assert "Forward of a layer on cpu, ms: " in table.attention([record], "cpu")
+    record["parts"] = None
+    assert "Parts of a layer: not measured." in table.attention([record], "cpu")
+
+
 @ONE_THREAD
 def test_memory_is_that_of_the_arm(record: dict[str, Any]) -> None:
     assert record["clock"] == "process"
