@@ -45,12 +45,14 @@ class Call:
         leaves: what gradients are taken of, in the arm's order.
         names: their gradients' names.
         index: of a layer, the lists it chose.
+        fine: of a layer of ours, its fine stage alone on these lists.
     """
 
     run: Callable[[], Tensor]
     leaves: tuple[Tensor, ...]
     names: tuple[str, ...] = ("dq", "dk", "dv")
     index: BlockIndex | None = None
+    fine: Call | None = None
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,17 @@ def first_line(error: BaseException) -> str:
 
 
 def sparse(
-    problem: Problem, *, backend: str, deterministic: bool = True, is_all: bool = False
+    problem: Problem,
+    *,
+    backend: str,
+    deterministic: bool = True,
+    is_all: bool = False,
+    chosen: BlockIndex | None = None,
 ) -> Call:
-    """``block_sparse_attention``."""
+    """``block_sparse_attention`` on the row's lists, on all blocks, or on chosen ones."""
     q, k, v = leaves = problem.leaves("slots")
-    index, sizes = problem.every if is_all else problem.index, problem.sizes_n
+    index = chosen or (problem.every if is_all else problem.index)
+    sizes = problem.sizes_n
 
     def run() -> Tensor:
         out, _ = block_sparse_attention(
@@ -139,7 +147,8 @@ def layer(problem: Problem, *, backend: str, deterministic: bool = True) -> Call
         out: Tensor = attend(*leaves)
         return out
 
-    return Call(run, leaves, ("dq", "dk", "dv", "dgate"), aux.index)
+    fine = sparse(problem, backend=backend, deterministic=deterministic, chosen=aux.index)
+    return Call(run, leaves, ("dq", "dk", "dv", "dgate"), aux.index, fine)
 
 
 def parts(problem: Problem, *, backend: str) -> dict[str, Callable[[], Any]]:

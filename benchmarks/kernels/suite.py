@@ -33,7 +33,7 @@ _ROUNDS = {"cpu": (2, 5), "cuda": (5, 25)}
 """Fewest and most rounds. One is enough on a CPU with several threads, where the trial was in this
 process and warmed it."""
 _PRODUCT = "matrix product"
-_PART = "part "
+_PART, _FINE = "part ", ", fine stage"
 
 
 def arms_of(row: Row, device: torch.device) -> tuple[Arm, ...]:
@@ -51,7 +51,6 @@ def measure(row: Row, mask: str, device: torch.device, options: Options) -> dict
         "all": sparse_work(inputs.every, inputs.sizes_n),
         "dense": dense_work(row),
     }
-    works["layer"] = works["sparse"]
     found, calls = _try_all(row, inputs, device, options)
     clock = clock_of(device)
     times, rounds, ceiling = _time(inputs, calls, clock, options)
@@ -71,9 +70,13 @@ def measure(row: Row, mask: str, device: torch.device, options: Options) -> dict
         "parts": breakdown(calls, times, clock),
         "arms": found,
     }
-    for arm in arms_of(row, device):
-        if found[arm.name]["status"] == "measured":
-            found[arm.name] |= cells(times[arm.name], clock, works[arm.kind], ceiling)
+    for name, (arm, call) in calls.items():
+        # a layer's lists are its own: block means of few tokens are larger, and chosen more often
+        work = works.get(arm.kind) or sparse_work(call.index or inputs.index, inputs.sizes_n)
+        found[name] |= cells(times[name], clock, work, ceiling)
+        for direction, timing in times.get(f"{name}{_FINE}", {}).items():
+            own = clock.seconds(times[name][direction]) / clock.seconds(timing)
+            found[name][direction]["over_fine"] = own
     compare(found)
     return record
 
@@ -140,6 +143,10 @@ def timed_calls(
         if arm.order not in grads:
             grads[arm.order] = inputs.ordered(inputs.grad, arm.order)
         grad = grads[arm.order]
+        if call.fine is not None:
+            own, slots = f"{name}{_FINE}", inputs.ordered(inputs.grad, "slots")
+            timed[f"{own}|forward"] = _without_grad(call.fine.run)
+            timed[f"{own}|backward"] = _backward(call.fine, call.fine.run(), slots)
         timed[f"{name}|backward"] = _backward(call, call.run(), grad)
         if inputs.device.type == "cuda":
             timed[f"{name}|both"] = _step(call, grad)
@@ -206,12 +213,9 @@ def breakdown(
     if backend is None:
         return None
     names = {n.removeprefix(_PART): n for n in times if n.startswith(_PART)}
-    names |= {"fine": backend, "whole": f"{backend}, whole layer"}
-    found = {
-        part: 1e3 * clock.seconds(times[name]["forward"])
-        for part, name in names.items()
-        if name in times
-    }
+    whole = f"{backend}, whole layer"
+    names |= {"fine": f"{whole}{_FINE}", "whole": whole}
+    found = {part: 1e3 * clock.seconds(times[name]["forward"]) for part, name in names.items()}
     return {"backend": backend, "forward_ms": found}
 
 
@@ -238,10 +242,9 @@ def cells(times: dict[str, Timing], clock: Clock, work: Work, ceiling: float) ->
 def compare(found: dict[str, Any]) -> None:
     """Adds to every one of our cells how many times its time the peers take.
 
-    Peers are the dense arms and those of the same kind. A layer of ours also gets ``over_fine``,
-    its time by that of the same backend's fine stage.
+    Peers are the dense arms and those of the same kind.
     """
-    for name, record in found.items():
+    for record in found.values():
         for direction in FACTOR:
             cell = record.get(direction)
             if not record["ours"] or not isinstance(cell, dict):
@@ -254,9 +257,6 @@ def compare(found: dict[str, Any]) -> None:
                 and isinstance(it.get(direction), dict)
             }
             cell["times"] = {other: it["ms"] / cell["ms"] for other, it in others.items()}
-            fine = found.get(name.partition(",")[0], {}).get(direction)
-            if record["kind"] == "layer" and isinstance(fine, dict):
-                cell["over_fine"] = cell["ms"] / fine["ms"]
 
 
 def wrong(records: Iterable[dict[str, Any]]) -> list[str]:
