@@ -33,10 +33,16 @@ struct Fine {
   Index batch, heads, num_q, num_k, dim;
   float scale;
   BlockLists lists;
-  Tokens q, k, v, o;
-  float* lse;  // [B, H, n_q kBlock], natural logarithm; -inf where there is nothing to attend to
+  Tokens q, k, v, o;  // o without data: it is not wanted
+  float* lse;         // [B, H, n_q kBlock], natural logarithm; -inf where there is nothing to attend to
+  // The forward's second result, where `combined` has data: o + gate * coarse, with one row of coarse a
+  // query block; a gate without data: 1.
+  Tokens gate, coarse, combined;
   Tokens do_, dq, dk, dv;
   const float* dlse;  // like lse, or null: 0
+  // Gradients of blocks' means, one row a block: each token gets its share of them besides its own
+  // gradient. Without data: 0.
+  Tokens dqm, dkm, dvm;
   float* workspace;   // fine_*_workspace floats
 };
 
@@ -61,7 +67,8 @@ struct Select {
   float* workspace;  // threads x n_k
 };
 
-// What surrounds the stages: tokens x, their blocks `slots`, one `mean` or coarse output a block.
+// What surrounds the stages: tokens x, their blocks `slots` (without data: not wanted), one `mean` or
+// coarse output a block.
 struct Glue {
   Index batch, heads, num_blocks, dim;
   const int32_t* sizes;

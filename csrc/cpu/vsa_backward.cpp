@@ -123,8 +123,10 @@ static void key_pass(const Group& group, const Turn& turn, Index unit, float* me
     multiply<MapTransposed, ToPanels, Update::kAdd>(columns, op.dim, rows, p, g, kBlock, dv);
     multiply<MapTransposed, ToPanels, Update::kAdd>(columns, op.dim, rows, ds, q, kBlock, dk);
   }
-  write_panels(op.dk, b, h, slot, columns, kBlock, op.dim, dk);
-  write_panels(op.dv, b, h, slot, columns, kBlock, op.dim, dv);
+  const float* share = read_share(op.dkm, b, h, block, columns, op.dim, read_to);
+  write_panels(op.dk, b, h, slot, columns, kBlock, op.dim, dk, nullptr, share);
+  share = read_share(op.dvm, b, h, block, columns, op.dim, read_to);
+  write_panels(op.dv, b, h, slot, columns, kBlock, op.dim, dv, nullptr, share);
 }
 
 // Place of `query` among the query blocks that list a key block (it is one of them).
@@ -193,10 +195,11 @@ void fine_backward(const Fine& op, int threads) {
       const Index begin = turn.begin / op.num_k * op.num_q, end = ceil_div(turn.end, op.num_k) * op.num_q;
       parallel_workers(end - begin, threads, [&](Index unit, int) { query_pass(group, turn, begin + unit); });
     }
-    parallel_workers(count * op.num_q, threads, [&](Index unit, int) {
+    parallel_workers(count * op.num_q, threads, [&](Index unit, int worker) {
       const Index local = unit / op.num_q, block = unit % op.num_q, head = group.head_of(local);
-      write_panels(op.dq, head / op.heads, head % op.heads, block * kBlock, op.lists.q_sizes[block], kBlock,
-                   op.dim, group.dq(local, block));
+      const Index b = head / op.heads, h = head % op.heads, rows = op.lists.q_sizes[block];
+      const float* share = read_share(op.dqm, b, h, block, rows, op.dim, memory + worker * shape.worker);
+      write_panels(op.dq, b, h, block * kBlock, rows, kBlock, op.dim, group.dq(local, block), nullptr, share);
     });
   }
 }

@@ -61,23 +61,27 @@ void bind_vsa(py::module_& m) {
   m.def("fine_forward_workspace", [](const FineSizes& sizes, int threads) {
     return MEGAGEN_CALL(fine_forward_workspace, fine(sizes, 0, {}), threads);
   });
-  m.def("fine_forward", [](const FineSizes& sizes, float scale, const ListsIn& in, const TokensIn& q, const TokensIn& k,
-                           const TokensIn& v, const TokensIn& o, Address lse, Address workspace, int threads) {
+  // tokens: q, k, v, o, gate, coarse, combined; address 0 where there is none
+  m.def("fine_forward", [](const FineSizes& sizes, float scale, const ListsIn& in, const std::array<TokensIn, 7>& given,
+                           Address lse, Address workspace, int threads) {
     Fine op = fine(sizes, scale, in);
-    op.q = tokens(q), op.k = tokens(k), op.v = tokens(v), op.o = tokens(o), op.lse = at<float>(lse);
-    op.workspace = at<float>(workspace);
+    op.q = tokens(given[0]), op.k = tokens(given[1]), op.v = tokens(given[2]), op.o = tokens(given[3]);
+    op.gate = tokens(given[4]), op.coarse = tokens(given[5]), op.combined = tokens(given[6]);
+    op.lse = at<float>(lse), op.workspace = at<float>(workspace);
     py::gil_scoped_release release;
     MEGAGEN_CALL(fine_forward, op, usable(threads));
   });
   m.def("fine_backward_workspace", [](const FineSizes& sizes, Index width, int threads) {
     return MEGAGEN_CALL(fine_backward_workspace, fine(sizes, 0, {width}), threads);
   });
+  // given: do, q, k, v, o; wanted: dq, dk, dv; means: their gradients, or address 0
   m.def("fine_backward", [](const FineSizes& sizes, float scale, const ListsIn& in, const std::array<TokensIn, 5>& given,
-                            const std::array<TokensIn, 3>& wanted, Address lse, Address dlse, Address workspace,
-                            int threads) {
+                            const std::array<TokensIn, 3>& wanted, const std::array<TokensIn, 3>& means, Address lse,
+                            Address dlse, Address workspace, int threads) {
     Fine op = fine(sizes, scale, in);
     op.do_ = tokens(given[0]), op.q = tokens(given[1]), op.k = tokens(given[2]), op.v = tokens(given[3]);
     op.o = tokens(given[4]), op.dq = tokens(wanted[0]), op.dk = tokens(wanted[1]), op.dv = tokens(wanted[2]);
+    op.dqm = tokens(means[0]), op.dkm = tokens(means[1]), op.dvm = tokens(means[2]);
     op.lse = at<float>(lse), op.dlse = at<const float>(dlse), op.workspace = at<float>(workspace);
     py::gil_scoped_release release;
     MEGAGEN_CALL(fine_backward, op, usable(threads));

@@ -2,7 +2,8 @@
 //   S = Q K^T, m' = max(m, rowmax S), P = e^(scale S - m'), l = e^(m - m') l + rowsum P,
 //   O = e^(m - m') O + P V,
 // and at the end o = O / l, lse = m + ln l (the online softmax of FlashAttention, arXiv 2205.14135).
-// Heads are taken a few at a time; their keys and values are packed once and stay in cache.
+// Heads are taken a few at a time; their keys and values are packed once and stay in cache. What the
+// coarse stage adds to o is added where o is written.
 #include "parallel.h"
 #include "vsa_softmax.h"
 #include "vsa_tokens.h"
@@ -66,6 +67,32 @@ Index fine_forward_workspace(const Fine& op, int threads) {
   return sizes.packed(op) + threads * sizes.worker;
 }
 
+// o + gate * coarse of the tokens of a block, o = out * factor; `coarse` is memory for dim numbers.
+static void write_combined(const Fine& op, Index b, Index h, Index block, Index rows, const float* out,
+                           const float* factor, float* coarse) {
+  for (Index d = 0; d < op.dim; d += kPanel)
+    read_part(op.coarse, element_of(op.coarse, b, h, block) + d, smaller(kPanel, op.dim - d), coarse + d);
+  for (Index i = 0; i < kBlock; ++i) {
+    const Index slot = block * kBlock + i, token = element_of(op.combined, b, h, slot);
+    if (token < 0) continue;
+    const Index gates = op.gate.data ? element_of(op.gate, b, h, slot) : 0;
+    const float* line = out + i * kPanel;
+    for (Index d = 0; d < op.dim; d += kPanel, line += kPanelSize) {
+      const Index n = smaller(kPanel, op.dim - d);
+      float gate[kPanel], sum[kPanel];
+      if (op.gate.data)
+        read_part(op.gate, gates + d, n, gate);
+      else
+        for (Index e = 0; e < kPanel; e += kWidth) store(gate + e, Vec{} + 1.0f);
+      for (Index e = 0; e < kPanel; e += kWidth) {
+        const Vec own = i < rows ? load<Vec>(line + e) * factor[i] : Vec{};
+        store(sum + e, own + load<Vec>(gate + e) * load<Vec>(coarse + d + e));
+      }
+      write_part(op.combined, token + d, n, sum);
+    }
+  }
+}
+
 static void attend(const Fine& op, const Sizes& sizes, Index head, Index block, const float* packed, float* memory) {
   const Index b = head / op.heads, h = head % op.heads, slot = block * kBlock;
   float *query = memory, *out = query + sizes.query, *map = out + sizes.out;
@@ -94,7 +121,9 @@ static void attend(const Fine& op, const Sizes& sizes, Index head, Index block, 
     lse[i] = real ? (state.largest[i] + __builtin_log2f(state.sum[i])) * kLn2 : -__builtin_inff();
     state.factor[i] = real ? 1.0f / state.sum[i] : 0.0f;
   }
-  write_panels(op.o, b, h, slot, any ? rows : 0, kBlock, op.dim, out, state.factor);
+  const Index found = any ? rows : 0;
+  if (op.o.data) write_panels(op.o, b, h, slot, found, kBlock, op.dim, out, state.factor);
+  if (op.combined.data) write_combined(op, b, h, block, found, out, state.factor, query);
 }
 
 void fine_forward(const Fine& op, int threads) {

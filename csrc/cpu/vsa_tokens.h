@@ -42,6 +42,20 @@ MEGAGEN_INLINE void write(const Tokens& x, Index element, Index n, const float* 
   for (Index i = 0; i < n; ++i) out[i] = to_bf16(in[i]);
 }
 
+// The same for at most kPanel numbers, most often that many.
+MEGAGEN_INLINE void read_part(const Tokens& x, Index element, Index n, float* out) {
+  if (n == kPanel)
+    read(x, element, kPanel, out);
+  else
+    read(x, element, n, out);
+}
+MEGAGEN_INLINE void write_part(const Tokens& x, Index element, Index n, const float* in) {
+  if (n == kPanel)
+    write(x, element, kPanel, in);
+  else
+    write(x, element, n, in);
+}
+
 // The first `rows` slots from `slot` on; what the last panel has beyond dim is 0.
 static inline void read_panels(const Tokens& x, Index b, Index h, Index slot, Index rows, Index dim, float* panels) {
   for (Index i = 0; i < rows; ++i) {
@@ -49,12 +63,8 @@ static inline void read_panels(const Tokens& x, Index b, Index h, Index slot, In
     float* line = panels + i * kPanel;
     for (Index d = 0; d < dim; d += kPanel, line += kPanelSize) {
       const Index n = smaller(kPanel, dim - d);
-      if (n == kPanel) {
-        read(x, element + d, kPanel, line);
-      } else {
-        read(x, element + d, n, line);
-        for (Index e = n; e < kPanel; ++e) line[e] = 0;
-      }
+      read_part(x, element + d, n, line);
+      for (Index e = n; e < kPanel; ++e) line[e] = 0;
     }
   }
 }
@@ -74,18 +84,31 @@ static inline void turn_panels(const float* panels, Index rows, Index dim, float
 // Floats of turned panels.
 MEGAGEN_INLINE Index turned_size(Index dim) { return ceil_div(kBlock, kPanel) * kPanel * dim; }
 
-// Rows of panels times scale[row] (null: 1) to the first `rows` of `slots` slots; the others become 0.
+// A row `x` of a block, divided by its size: what each token gets. Null where x has no data.
+static inline const float* read_share(const Tokens& x, Index b, Index h, Index block, Index size, Index dim,
+                                      float* share) {
+  if (!x.data || size == 0) return nullptr;
+  read(x, element_of(x, b, h, block), dim, share);
+  for (Index d = 0; d < dim; ++d) share[d] /= static_cast<float>(size);
+  return share;
+}
+
+// Rows of panels times scale[row] (null: 1) plus share (null: 0) to the first `rows` of `slots` slots; the
+// others become 0.
 static inline void write_panels(const Tokens& x, Index b, Index h, Index slot, Index rows, Index slots, Index dim,
-                                const float* panels, const float* scale = nullptr) {
+                                const float* panels, const float* scale = nullptr, const float* share = nullptr) {
   for (Index i = 0; i < slots; ++i) {
     const Index element = element_of(x, b, h, slot + i);
     if (element < 0) continue;
     const float* line = panels + i * kPanel;
     for (Index d = 0; d < dim; d += kPanel, line += kPanelSize) {
+      const Index n = smaller(kPanel, dim - d);
       float numbers[kPanel] = {};
       if (i < rows)
         for (Index e = 0; e < kPanel; ++e) numbers[e] = scale ? line[e] * scale[i] : line[e];
-      write(x, element + d, smaller(kPanel, dim - d), numbers);
+      if (i < rows && share)
+        for (Index e = 0; e < n; ++e) numbers[e] += share[d + e];
+      write_part(x, element + d, n, numbers);
     }
   }
 }

@@ -7,7 +7,13 @@ attends to the tokens of the chosen ones (``vsa_attention``). Each stage can be 
 
 from __future__ import annotations
 
-from megagen.kernels.vsa.attention import VSAAux, vsa_attention
+from megagen.kernels.vsa.attention import (
+    Pooled,
+    VSAAux,
+    vsa_attention,
+    vsa_attention_pooled,
+    wants_pooled,
+)
 from megagen.kernels.vsa.coarse import block_mean, coarse_attention, select_topk
 from megagen.kernels.vsa.fine import block_sparse_attention
 from megagen.kernels.vsa.index import (
@@ -24,6 +30,7 @@ __all__ = [
     "BLOCK",
     "BlockIndex",
     "Lists",
+    "Pooled",
     "VSAAux",
     "VSALayout",
     "best_tile",
@@ -37,4 +44,6 @@ __all__ = [
     "transpose_index",
     "untile",
     "vsa_attention",
+    "vsa_attention_pooled",
+    "wants_pooled",
 ]

@@ -18,10 +18,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megagen.kernels.vsa import dispatch
 from megagen.kernels.vsa.coarse import block_mean, coarse_attention
+from megagen.kernels.vsa.combined import fine_combined
 from megagen.kernels.vsa.fine import block_sparse_attention
 from megagen.kernels.vsa.index import BlockIndex
 from megagen.kernels.vsa.layout import BLOCK, VSALayout
+from megagen.kernels.vsa.raster import attend_raster
 from megagen.kernels.vsa.tile import tile, tile_pool, untile_combine
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Tokens as blocks with their means, as ``norm_rope_tile_pool`` makes them.
+
+    Args:
+        slots: ``[B, H, P, D]``, zeros in empty ones.
+        mean: ``[B, H, n, D]``, over the tokens of each block.
+    """
+
+    slots: Tensor
+    mean: Tensor
+
+    def blocks(self, first: int, end: int | None = None) -> Pooled:
+        """Some of the blocks."""
+        last = None if end is None else BLOCK * end
+        return Pooled(self.slots[:, :, BLOCK * first : last], self.mean[:, :, first:end])
 
 
 @dataclass(frozen=True)
@@ -107,16 +127,61 @@ class _Plan:
     score_dtype: str
 
 
-@dataclass(frozen=True)
-class _Tiled:
-    """Slots ``[B, H, P, D]`` and means of their blocks ``[B, H, n, D]``."""
+def vsa_attention_pooled(
+    q: Pooled,
+    k: Pooled,
+    v: Pooled,
+    gate_BSHD: Tensor | None = None,
+    *,
+    layout: VSALayout,
+    topk: int,
+    kv_layout: VSALayout | None = None,
+    backend: str = "auto",
+    deterministic: bool = True,
+    score_dtype: str = "fp32",
+) -> Tensor:
+    """``vsa_attention`` of tokens that are blocks with means already; differentiable.
 
-    slots: Tensor
-    mean: Tensor
+    For whoever makes them in a pass that is needed anyway (``norm_rope_tile_pool``);
+    ``wants_pooled`` says whether that is of use. Attention to all blocks stays sparse attention.
 
-    def blocks(self, first: int, end: int | None = None) -> _Tiled:
-        last = None if end is None else BLOCK * end
-        return _Tiled(self.slots[:, :, BLOCK * first : last], self.mean[:, :, first:end])
+    Args:
+        q: queries by ``layout``.
+        k: keys by ``kv_layout``.
+        v: values likewise.
+        gate_BSHD: of the coarse output, in raster order; None: 1.
+        layout, topk, kv_layout, backend, deterministic, score_dtype: as of ``vsa_attention``.
+
+    Returns:
+        ``[B, S, H, D]`` in raster order.
+
+    Raises:
+        ValueError: shapes, types or options do not fit together; the message says what would.
+    """
+    chosen = dispatch.choose(backend, q.slots)
+    plan = _Plan(layout, kv_layout or layout, topk, chosen, deterministic, score_dtype)
+    _check(q.slots, k.slots, v.slots, None, plan, is_tiled=True)
+    for name, x, blocks in (("q", q, plan.queries), ("k", k, plan.keys), ("v", v, plan.keys)):
+        wanted = (*x.slots.shape[:2], blocks.num_blocks, x.slots.size(-1))
+        if x.mean.shape != wanted:
+            raise ValueError(f"means of {name} must be {wanted}, found {tuple(x.mean.shape)}")
+    batch, heads, _, dim = q.slots.shape
+    tokens = (batch, layout.num_tokens, heads, dim)
+    if gate_BSHD is not None and gate_BSHD.shape != tokens:
+        raise ValueError(f"gate must be {tokens}, found {tuple(gate_BSHD.shape)}")
+    return _attend_pooled(q, k, v, gate_BSHD, plan)[0]
+
+
+def wants_pooled(like: Tensor, keys: VSALayout, topk: int, backend: str = "auto") -> bool:
+    """Whether ``vsa_attention`` of tensors like ``like`` would make blocks and means itself.
+
+    It does not where its backend reads raster order, nor where it takes dense attention; the
+    reference is left as it is.
+    """
+    chosen = dispatch.choose(backend, like)
+    if chosen == "reference" or dispatch.has(chosen, "raster_forward"):
+        return False
+    return not dispatch.is_dense(like.device.type, topk, keys.num_video_blocks)
 
 
 def _check(
@@ -132,6 +197,17 @@ def _check(
             )
     if gate is not None and gate.shape != q.shape:
         raise ValueError(f"gate must be like q {tuple(q.shape)}, found {tuple(gate.shape)}")
+    heads = 1 if is_tiled else 2
+    if k.shape != v.shape or any(q.size(i) != k.size(i) for i in (0, heads, 3)):
+        raise ValueError(
+            "q, k and v must have one batch, one number of heads and one head dim, found "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    for name, x in {"k": k, "v": v, "gate": q if gate is None else gate}.items():
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must be like q, {q.dtype} on {q.device}, found {x.dtype} on {x.device}"
+            )
     if plan.topk < 1:
         raise ValueError(f"topk must be at least 1, found {plan.topk}")
 
@@ -139,26 +215,75 @@ def _check(
 def _attend_raster(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, plan: _Plan
 ) -> tuple[Tensor, VSAAux]:
-    tiled_q, tiled_k, tiled_v = (
-        _Tiled(*tile_pool(x, layout, plan.backend))
+    is_dense = dispatch.is_dense(q.device.type, plan.topk, plan.keys.num_video_blocks)
+    has_prefix = bool(plan.queries.prefix or plan.keys.prefix)
+    if dispatch.has(plan.backend, "raster_forward") and not is_dense and not has_prefix:
+        return _attend_in_place(q, k, v, gate, plan)
+    pooled_q, pooled_k, pooled_v = (
+        Pooled(*tile_pool(x, layout, plan.backend))
         for x, layout in ((q, plan.queries), (k, plan.keys), (v, plan.keys))
     )
-    dense = None
-    if dispatch.is_dense(q.device.type, plan.topk, plan.keys.num_video_blocks):
-        dense = tile(_dense_attention(q, k, v), plan.queries)
-    o_BHPD, oc_BHnD, aux = _attend_blocks(tiled_q, tiled_k, tiled_v, plan, dense)
-    return untile_combine(o_BHPD, oc_BHnD, gate, plan.queries, plan.backend), aux
+    dense = tile(_dense_attention(q, k, v), plan.queries) if is_dense else None
+    return _attend_pooled(pooled_q, pooled_k, pooled_v, gate, plan, dense)
+
+
+def _attend_pooled(
+    q: Pooled,
+    k: Pooled,
+    v: Pooled,
+    gate_BSHD: Tensor | None,
+    plan: _Plan,
+    dense_BHPD: Tensor | None = None,
+) -> tuple[Tensor, VSAAux]:
+    """Tokens in raster order; by the fine stage itself where the backend can."""
+    has_prefix = bool(plan.queries.prefix or plan.keys.prefix)
+    in_one = dispatch.has(plan.backend, "fine_forward_combined")
+    if in_one and gate_BSHD is not None and dense_BHPD is None and not has_prefix:
+        oc_BHnD, index = _choose_blocks(q, k, v, plan)
+        out, lse = fine_combined(
+            q.slots,
+            k.slots,
+            v.slots,
+            oc_BHnD,
+            gate_BSHD,
+            index,
+            plan.queries.tables(gate_BSHD.device),
+            plan.keys.tables(gate_BSHD.device).sizes_n,
+            backend=plan.backend,
+            deterministic=plan.deterministic,
+        )
+        return out, VSAAux(lse, index, oc_BHnD.detach())
+    o_BHPD, oc_BHnD, aux = _attend_blocks(q, k, v, plan, dense_BHPD)
+    return untile_combine(o_BHPD, oc_BHnD, gate_BSHD, plan.queries, plan.backend), aux
+
+
+def _attend_in_place(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, plan: _Plan
+) -> tuple[Tensor, VSAAux]:
+    """One operator, which reads and writes raster order."""
+    made = attend_raster(
+        q,
+        k,
+        v,
+        gate,
+        *(x.tables(q.device).blocks for x in (plan.queries, plan.keys)),
+        topk=plan.topk,
+        scale=q.size(-1) ** -0.5,
+        score_dtype=plan.score_dtype,
+        backend=plan.backend,
+    )
+    return made.out, VSAAux(made.lse, BlockIndex(made.idx, made.num), made.oc)
 
 
 def _attend_tiled(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, plan: _Plan
 ) -> tuple[Tensor, VSAAux]:
     q_sizes, k_sizes = (x.tables(q.device).sizes_n for x in (plan.queries, plan.keys))
-    tiled_q, tiled_k, tiled_v = (
-        _Tiled(x, block_mean(x, sizes, backend=plan.backend))
+    pooled_q, pooled_k, pooled_v = (
+        Pooled(x, block_mean(x, sizes, backend=plan.backend))
         for x, sizes in ((q, q_sizes), (k, k_sizes), (v, k_sizes))
     )
-    o_BHPD, oc_BHnD, aux = _attend_blocks(tiled_q, tiled_k, tiled_v, plan, None)
+    o_BHPD, oc_BHnD, aux = _attend_blocks(pooled_q, pooled_k, pooled_v, plan, None)
     coarse = oc_BHnD[..., None, :].expand(*oc_BHnD.shape[:3], BLOCK, -1).flatten(2, 3)
     if gate is not None:
         coarse = coarse * gate
@@ -167,7 +292,7 @@ def _attend_tiled(
 
 
 def _attend_blocks(
-    q: _Tiled, k: _Tiled, v: _Tiled, plan: _Plan, dense_BHPD: Tensor | None
+    q: Pooled, k: Pooled, v: Pooled, plan: _Plan, dense_BHPD: Tensor | None
 ) -> tuple[Tensor, Tensor, VSAAux]:
     """Fine output of all slots, coarse output of all blocks (0 for the prefix's)."""
     count = plan.queries.num_prefix_blocks
@@ -187,7 +312,7 @@ def _attend_blocks(
     return o_BHPD, F.pad(oc_BHnD, (0, 0, count, 0)) if count else oc_BHnD, aux
 
 
-def _choose_blocks(q: _Tiled, k: _Tiled, v: _Tiled, plan: _Plan) -> tuple[Tensor, BlockIndex]:
+def _choose_blocks(q: Pooled, k: Pooled, v: Pooled, plan: _Plan) -> tuple[Tensor, BlockIndex]:
     """Coarse output of the video's query blocks, and what they choose with the prefix before it."""
     sizes, count = plan.keys.tables(q.mean.device).sizes_n, plan.keys.num_prefix_blocks
 
@@ -215,7 +340,7 @@ def _choose_blocks(q: _Tiled, k: _Tiled, v: _Tiled, plan: _Plan) -> tuple[Tensor
 
 
 def _fine(
-    q: _Tiled, k: _Tiled, v: _Tiled, index: BlockIndex, blocks: range, plan: _Plan
+    q: Pooled, k: Pooled, v: Pooled, index: BlockIndex, blocks: range, plan: _Plan
 ) -> tuple[Tensor, Tensor]:
     device = q.slots.device
     return block_sparse_attention(

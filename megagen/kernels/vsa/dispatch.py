@@ -43,6 +43,12 @@ def function(name: str, operation: str) -> Callable[..., Any]:
     return found
 
 
+@torch.compiler.assume_constant_result
+def has(name: str, operation: str) -> bool:
+    """Whether a backend has an operation of its own; some are optional."""
+    return hasattr(backend(name), operation)
+
+
 def choose(wanted: str, q: Tensor) -> str:
     """The backend for tensors like ``q`` ``[..., D]``.
 

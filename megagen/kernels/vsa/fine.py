@@ -136,7 +136,7 @@ def _(
 
 
 @torch.library.custom_op("megagen::vsa_fine_backward", mutates_args=())
-def _fine_backward(
+def fine_grads(
     do: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -152,6 +152,7 @@ def _fine_backward(
     backend: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the fine stage: of q, k and v."""
     lists = Lists(idx, num, q_sizes, kv_sizes)
     name = "fine_backward"
     if not deterministic and hasattr(dispatch.backend(backend), "fine_backward_fast"):
@@ -162,7 +163,7 @@ def _fine_backward(
     return dq, dk, dv
 
 
-@_fine_backward.register_fake
+@fine_grads.register_fake
 def _(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,7 +182,7 @@ def _backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ..
         return (None,) * 10
     do = torch.zeros_like(o) if do is None else do
     tensors = (q, k, v, o, lse, idx, num, q_sizes, kv_sizes)
-    grads = _fine_backward(do, dlse, *tensors, ctx.scale, ctx.backend, ctx.deterministic)
+    grads = fine_grads(do, dlse, *tensors, ctx.scale, ctx.backend, ctx.deterministic)
     return (*grads, *(None,) * 7)
 
 

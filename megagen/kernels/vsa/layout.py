@@ -37,6 +37,24 @@ class Tables:
     slot_to_raster_P: Tensor
     raster_to_slot_S: Tensor
 
+    @property
+    def blocks(self) -> Blocks:
+        """What a kernel that reads raster order needs of them."""
+        return Blocks(self.slot_to_raster_P, self.sizes_n)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where the tokens of blocks stand in raster order.
+
+    Args:
+        slot_to_raster_P: see ``Tables``.
+        sizes_n: see ``Tables``.
+    """
+
+    slot_to_raster_P: Tensor
+    sizes_n: Tensor
+
 
 @dataclass(frozen=True)
 class VSALayout:

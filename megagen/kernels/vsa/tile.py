@@ -162,7 +162,7 @@ def _(
 
 
 @torch.library.custom_op("megagen::vsa_combine_backward", mutates_args=())
-def _combine_backward(
+def combine_backward(
     dout: Tensor,
     oc: Tensor,
     gate: Tensor | None,
@@ -170,13 +170,14 @@ def _combine_backward(
     raster_to_slot: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``untile_combine``: of o, oc and the gate, empty without one."""
     backward = dispatch.function(backend, "untile_combine_backward")
     given = (dout.contiguous(), oc, gate, slot_to_raster, raster_to_slot)
     do, doc, dgate = backward(*given)
     return do, doc, dout.new_empty(0) if dgate is None else dgate
 
 
-@_combine_backward.register_fake
+@combine_backward.register_fake
 def _(
     dout: Tensor,
     oc: Tensor,
@@ -199,7 +200,7 @@ def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _combine_grads(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     oc, gate, slot_to_raster, raster_to_slot = ctx.saved_tensors
     given = (dout, oc, gate, slot_to_raster, raster_to_slot, ctx.backend)
-    do, doc, dgate = _combine_backward(*given)
+    do, doc, dgate = combine_backward(*given)
     return do, doc, None if gate is None else dgate, None, None, None
 
 

@@ -17,6 +17,7 @@ from tests.kernels.vsa.backends import EXACT, KINDS, Kind, error, serve
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 GRID, TILE = (5, 6, 7), (4, 4, 4)
+PREFIX = torch.tensor([0, 1])
 
 
 def drawn(
@@ -140,7 +141,9 @@ def test_a_prefix_sees_all_and_is_seen_by_all(kind: Kind, seeded: torch.Generato
     means = [torch.stack([x[:, :, b].mean(2) for b in blocks], 2) for x in (q, k, v)]
     scores = means[0] @ means[1].mT / 8
     coarse = (scores.softmax(-1) @ means[2])[:, :, 2:]
-    chosen = definition.best(scores[:, :, 2:, 2:], [1] * (len(blocks) - 2), 2)
+    assert (aux.index.num_BHq == 4).all() and (aux.index.idx_BHqM[..., :2].cpu() == PREFIX).all()
+    video = BlockIndex(aux.index.idx_BHqM[..., 2:] - 2, aux.index.num_BHq - 2)
+    chosen = choice(video, scores[:, :, 2:, 2:], 2, kind)
     expected = torch.zeros_like(q)
     for b in range(2):
         for h in range(2):
@@ -152,7 +155,6 @@ def test_a_prefix_sees_all_and_is_seen_by_all(kind: Kind, seeded: torch.Generato
                 )[0]
                 expected[b, h, rows] = fine + coarse[b, h, i] * gate[b, h, rows]
     assert error(out[:, prefix:], expected[:, :, prefix:].transpose(1, 2)) < kind.out
-    assert (aux.index.num_BHq == 4).all()
 
 
 def test_formulas_of_every_gradient(seeded: torch.Generator) -> None:

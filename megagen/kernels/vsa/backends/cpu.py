@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megagen.kernels.backend import address, cpu, load_cpu, num_threads
 from megagen.kernels.vsa.index import Lists
-from megagen.kernels.vsa.layout import BLOCK
+from megagen.kernels.vsa.layout import BLOCK, Blocks
+from megagen.kernels.vsa.raster import RasterForward
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _LANES = 8
@@ -45,14 +46,8 @@ def fine_forward(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the listed blocks: output, and natural-log LSE in fp32."""
     out = _empty_like(q_BHQD)
-    lse = q_BHQD.new_empty(q_BHQD.shape[:-1], dtype=torch.float32)
-    sizes, threads = _sizes(q_BHQD, lists), _threads(q_BHQD)
-    workspace = _empty([cpu().fine_forward_workspace(sizes, threads)])
-    tokens = map(_slots, (q_BHQD, k_BHKD, v_BHKD, out))
-    cpu().fine_forward(
-        sizes, scale, _lists(lists), *tokens, *map(address, (lse, workspace)), threads
-    )
-    return out, lse
+    tokens = [_slots(x) for x in (q_BHQD, k_BHKD, v_BHKD, out)]
+    return out, _fine_forward(q_BHQD.shape[:2], q_BHQD.size(-1), lists, scale, tokens)
 
 
 def fine_backward(
@@ -67,19 +62,73 @@ def fine_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; zeros in empty slots and where nothing is attended to."""
-    if lists.indptr is None or lists.rows is None:
-        num_k = lists.kv_sizes.numel()
-        indptr, rows = transpose_index(lists.idx_BHqM, lists.num_BHq, num_k)
-        lists = dataclasses.replace(lists, indptr=indptr, rows=rows)
     dq, dk, dv = (_empty_like(x) for x in (q_BHQD, k_BHKD, v_BHKD))
-    sizes, threads = _sizes(q_BHQD, lists), _threads(q_BHQD)
-    floats = cpu().fine_backward_workspace(sizes, lists.idx_BHqM.size(-1), threads)
-    workspace = _empty([floats])
     given = [_slots(x) for x in (do_BHQD, q_BHQD, k_BHKD, v_BHKD, o_BHQD)]
     wanted = [_slots(x) for x in (dq, dk, dv)]
-    others = map(address, (lse_BHQ, dlse_BHQ, workspace))
-    cpu().fine_backward(sizes, scale, _lists(lists), given, wanted, *others, threads)
+    _fine_backward(given, wanted, [_NONE] * 3, lse_BHQ, dlse_BHQ, lists, scale, q_BHQD.size(-1))
     return dq, dk, dv
+
+
+def raster_forward(
+    q_BSHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    gate_BSHD: Tensor | None,
+    queries: Blocks,
+    keys: Blocks,
+    topk: int,
+    scale: float,
+    score_dtype: torch.dtype,
+    *,
+    keep: bool,
+) -> RasterForward:
+    """Both stages and their gated sum: see ``raster.RasterForward``."""
+    q, k, v = (_rows(x) for x in (q_BSHD, k_BSHD, v_BSHD))
+    qm, km, vm = (_means(x, blocks) for x, blocks in ((q, queries), (k, keys), (v, keys)))
+    oc, lse_c, idx, num = coarse_forward(qm, km, vm, keys.sizes_n, topk, scale, score_dtype)
+    gate = None if gate_BSHD is None else _rows(gate_BSHD)
+    out = _empty(q.shape, q.dtype)
+    batch, _, heads, dim = q.shape
+    o = _empty((batch, heads, queries.slot_to_raster_P.numel() if keep else 0, dim), q.dtype)
+    order_q, order_k = queries.slot_to_raster_P, keys.slot_to_raster_P
+    tokens = [_raster(q, order_q), _raster(k, order_k), _raster(v, order_k)]
+    tokens += [_slots(o) if keep else _NONE, _raster(gate, order_q), _slots(oc)]
+    lists = Lists(idx, num, queries.sizes_n, keys.sizes_n)
+    lse = _fine_forward((batch, heads), dim, lists, scale, [*tokens, _raster(out, order_q)])
+    return RasterForward(out, o, lse, oc, lse_c, idx, num, qm, km, vm)
+
+
+def raster_backward(
+    dout_BSHD: Tensor,
+    q_BSHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    gate_BSHD: Tensor | None,
+    made: RasterForward,
+    queries: Blocks,
+    keys: Blocks,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and the gate, ``[B, S, H, D]``, what the means hand on included."""
+    order_q, order_k = queries.slot_to_raster_P, keys.slot_to_raster_P
+    dout, q, k, v = (_rows(x) for x in (dout_BSHD, q_BSHD, k_BSHD, v_BSHD))
+    gate = None if gate_BSHD is None else _rows(gate_BSHD)
+    dgate = None if gate is None else _empty(gate.shape, gate.dtype)
+    doc = _empty_like(made.oc)
+    combined = (_raster(dout, order_q), _NONE, _slots(made.oc), _raster(gate, order_q))
+    more = (_raster(dgate, order_q), _slots(doc))
+    _glue("combine_backward", doc, queries.sizes_n, *combined, *more)
+    means = coarse_backward(
+        doc, made.qm, made.km, made.vm, made.oc, made.lse_c, keys.sizes_n, scale
+    )
+    dq, dk, dv = (_empty(x.shape, x.dtype) for x in (q, k, v))
+    wanted = [_raster(x, order) for x, order in ((dq, order_q), (dk, order_k), (dv, order_k))]
+    given = [_raster(x, order) for x, order in ((dout, order_q), (q, order_q), (k, order_k))]
+    given += [_raster(v, order_k), _slots(made.o)]
+    lists = Lists(made.idx, made.num, queries.sizes_n, keys.sizes_n)
+    shares = [_slots(x) for x in means]
+    _fine_backward(given, wanted, shares, made.lse, None, lists, scale, q.size(-1))
+    return dq, dk, dv, dgate
 
 
 def block_mean(x_BHPD: Tensor, sizes_n: Tensor) -> Tensor:
@@ -123,13 +172,42 @@ def coarse_forward(
     lse = qm_BHqD.new_empty(qm_BHqD.shape[:-1], dtype=torch.float32)
     idx = torch.empty(batch, heads, num_q, k, dtype=torch.int32)
     num = torch.empty(batch, heads, num_q, dtype=torch.int32)
-    sizes, threads = [batch, heads, num_q, num_k, dim], _threads(qm_BHqD)
+    sizes, threads = [batch, heads, num_q, num_k, dim], _threads(qm_BHqD.numel())
     workspace = torch.empty(cpu().coarse_forward_workspace(sizes, threads), dtype=torch.float32)
     tokens = [_slots(x) for x in (qm_BHqD, km_BHkD, vm_BHkD, out)]
     others = map(address, (sizes_k, lse, idx, num, workspace))
     is_rounded = score_dtype == torch.bfloat16
     cpu().coarse_forward(sizes, k, scale, is_rounded, tokens, *others, threads)
     return out, lse, idx, num
+
+
+def coarse_backward(
+    doc_BHqD: Tensor,
+    qm_BHqD: Tensor,
+    km_BHkD: Tensor,
+    vm_BHkD: Tensor,
+    oc_BHqD: Tensor,
+    lse_BHq: Tensor,
+    sizes_k: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the means: as of tokens of a small dense attention, by the fine stage."""
+    doc, qm, oc, km, vm = map(_rows, (doc_BHqD, qm_BHqD, oc_BHqD, km_BHkD, vm_BHkD))
+    dq, dk, dv = (torch.zeros_like(x) for x in (qm, km, vm))
+    queries = _as_blocks(torch.arange(qm.size(2)))
+    keys = _as_blocks(sizes_k.nonzero().flatten())
+    num_q, num_k = queries.sizes_n.numel(), keys.sizes_n.numel()
+    every = torch.arange(num_k, dtype=torch.int32)
+    idx = every.expand(*doc.shape[:2], num_q, num_k).contiguous()
+    num = torch.full(idx.shape[:3], num_k, dtype=torch.int32)
+    lse = torch.nn.functional.pad(lse_BHq, (0, num_q * BLOCK - lse_BHq.size(-1)))
+    order_q, order_k = queries.slot_to_raster_P, keys.slot_to_raster_P
+    given = [_slots(x, order_q) for x in (doc, qm)] + [_slots(x, order_k) for x in (km, vm)]
+    given.append(_slots(oc, order_q))
+    wanted = [_slots(x, order) for x, order in ((dq, order_q), (dk, order_k), (dv, order_k))]
+    lists = Lists(idx, num, queries.sizes_n, keys.sizes_n)
+    _fine_backward(given, wanted, [_NONE] * 3, lse, None, lists, scale, dq.size(-1))
+    return dq, dk, dv
 
 
 def transpose_index(
@@ -238,10 +316,49 @@ def _empty_like(x: Tensor) -> Tensor:
     return _empty(x.shape, x.dtype)
 
 
-def _sizes(q_BHQD: Tensor, lists: Lists) -> list[int]:
-    """B, H, query blocks, key blocks, D."""
-    batch, heads, _, dim = q_BHQD.shape
-    return [batch, heads, lists.q_sizes.numel(), lists.kv_sizes.numel(), dim]
+def _means(x_BSHD: Tensor, blocks: Blocks) -> Tensor:
+    """Of the blocks of tokens in raster order."""
+    batch, _, heads, dim = x_BSHD.shape
+    mean = x_BSHD.new_empty(batch, heads, blocks.sizes_n.numel(), dim)
+    tokens = _raster(x_BSHD, blocks.slot_to_raster_P)
+    _glue("block_mean", mean, blocks.sizes_n, tokens, _NONE, _slots(mean))
+    return mean
+
+
+def _fine_forward(
+    sequences: Sequence[int], dim: int, lists: Lists, scale: float, tokens: Sequence[list[int]]
+) -> Tensor:
+    """LSE; tokens are q, k, v, o, gate, coarse output and the sum, none of the last ones needed."""
+    sizes = [*sequences, lists.q_sizes.numel(), lists.kv_sizes.numel(), dim]
+    lse = torch.empty(*sequences, sizes[2] * BLOCK, dtype=torch.float32)
+    threads = _threads(lse.numel() * dim)
+    workspace = _empty([cpu().fine_forward_workspace(sizes, threads)])
+    given = [*tokens, *[_NONE] * (7 - len(tokens))]
+    others = map(address, (lse, workspace))
+    cpu().fine_forward(sizes, scale, _lists(lists), given, *others, threads)
+    return lse
+
+
+def _fine_backward(
+    given: Sequence[list[int]],
+    wanted: Sequence[list[int]],
+    means: Sequence[list[int]],
+    lse_BHQ: Tensor,
+    dlse_BHQ: Tensor | None,
+    lists: Lists,
+    scale: float,
+    dim: int,
+) -> None:
+    """From do, q, k, v, o to dq, dk, dv; to each token's gradient its share of its mean's."""
+    num_q, num_k = lists.q_sizes.numel(), lists.kv_sizes.numel()
+    if lists.indptr is None or lists.rows is None:
+        indptr, rows = transpose_index(lists.idx_BHqM, lists.num_BHq, num_k)
+        lists = dataclasses.replace(lists, indptr=indptr, rows=rows)
+    sizes, threads = [*lse_BHQ.shape[:2], num_q, num_k, dim], _threads(lse_BHQ.numel() * dim)
+    floats = cpu().fine_backward_workspace(sizes, lists.idx_BHqM.size(-1), threads)
+    workspace = _empty([floats])
+    others = map(address, (lse_BHQ, dlse_BHQ, workspace))
+    cpu().fine_backward(sizes, scale, _lists(lists), given, wanted, means, *others, threads)
 
 
 def _lists(lists: Lists) -> list[int]:
@@ -249,10 +366,18 @@ def _lists(lists: Lists) -> list[int]:
     return [lists.idx_BHqM.size(-1), *map(address, (*tensors, lists.indptr, lists.rows))]
 
 
-def _slots(x_BHPD: Tensor) -> list[int]:
+def _as_blocks(tokens_S: Tensor) -> Blocks:
+    """Tokens in blocks of 64, one after the other."""
+    count = -(-tokens_S.numel() // BLOCK)
+    order = torch.nn.functional.pad(tokens_S, (0, count * BLOCK - tokens_S.numel()), value=-1)
+    sizes = (tokens_S.numel() - BLOCK * torch.arange(count)).clamp(max=BLOCK)
+    return Blocks(order, sizes.int())
+
+
+def _slots(x_BHPD: Tensor, order_P: Tensor | None = None) -> list[int]:
     """Where the extension finds the tokens of a tensor with heads before slots."""
     strides = (x_BHPD.stride(0), x_BHPD.stride(1), x_BHPD.stride(2))
-    return [x_BHPD.data_ptr(), x_BHPD.dtype == torch.bfloat16, *strides, 0]
+    return [x_BHPD.data_ptr(), x_BHPD.dtype == torch.bfloat16, *strides, address(order_P)]
 
 
 def _raster(x_BSHD: Tensor | None, slot_to_raster_P: Tensor) -> list[int]:
@@ -264,5 +389,5 @@ def _raster(x_BSHD: Tensor | None, slot_to_raster_P: Tensor) -> list[int]:
     return [x_BSHD.data_ptr(), is_bf16, *strides, slot_to_raster_P.data_ptr()]
 
 
-def _threads(x: Tensor) -> int:
-    return num_threads(x.numel() * 8)  # far more work for a number than an elementwise operation
+def _threads(elements: int) -> int:
+    return num_threads(elements * 8)  # far more work for a number than an elementwise operation

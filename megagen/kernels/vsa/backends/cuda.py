@@ -189,6 +189,45 @@ def coarse_forward(
     return cast("tuple[Tensor, Tensor, Tensor, Tensor]", found)
 
 
+def coarse_backward(doc_BHqD: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the means."""
+    found = _elsewhere(doc_BHqD, "coarse_backward")(doc_BHqD, *others)
+    return cast("tuple[Tensor, Tensor, Tensor]", found)
+
+
+def tile_pool(x_BSHD: Tensor, slot_to_raster_P: Tensor, sizes_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens to slots, and the means of the blocks."""
+    found = _elsewhere(x_BSHD, "tile_pool")(x_BSHD, slot_to_raster_P, sizes_n)
+    return cast("tuple[Tensor, Tensor]", found)
+
+
+def tile_pool_backward(dx_BHPD: Tensor, *others: Any) -> Tensor:
+    """A token's gradient: its slot's, and its share of its block's mean's."""
+    return cast(Tensor, _elsewhere(dx_BHPD, "tile_pool_backward")(dx_BHPD, *others))
+
+
+def untile_combine(o_BHPD: Tensor, *others: Any) -> Tensor:
+    """``o + gate oc`` of each token, where the forward has not written it."""
+    return cast(Tensor, _elsewhere(o_BHPD, "untile_combine")(o_BHPD, *others))
+
+
+def untile_combine_backward(
+    do_BSHD: Tensor,
+    oc_BHnD: Tensor,
+    gate_BSHD: Tensor | None,
+    slot_to_raster_P: Tensor,
+    raster_to_slot_S: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of ``o``, ``oc`` and the gate: of ``fine_forward_combined`` too."""
+    if gate_BSHD is not None:
+        grad, gate, coarse = (x.contiguous() for x in (do_BSHD, gate_BSHD, oc_BHnD))
+        do, dgate, doc = combine_backward(grad, gate, coarse, slot_to_raster_P.int())
+        return do, doc, dgate
+    others = (oc_BHnD, None, slot_to_raster_P, raster_to_slot_S)
+    found = _elsewhere(do_BSHD, "untile_combine_backward")(do_BSHD, *others)
+    return cast("tuple[Tensor, Tensor, Tensor | None]", found)
+
+
 def merge_queries(lists: Lists) -> tuple[Tensor, Tensor]:
     """Lists of pairs of query blocks: ``entries [B, H, pairs, 2 M]`` and their counts.
 
