@@ -18,7 +18,12 @@ from megagen.core.errors import SetupError, suggest
 from megagen.core.vsa import VSAOptions
 from megagen.layers.linear import column_linear, row_linear
 from megagen.layers.norm import HeadsRMSNorm, norm_heads
-from megagen.layers.sparse import frames_layout, sparse_attention
+from megagen.layers.sparse import (
+    frames_layout,
+    makes_blocks,
+    normed_sparse_attention,
+    sparse_attention,
+)
 from megagen.layers.tokens import TokenShard
 from megagen.parallel.context import Attend, context_attention
 from megagen.parallel.dims import CPCommType
@@ -147,10 +152,27 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         q, k, v = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(3)
         weights = (weight_q, weight_k)
-        q, k = norm_heads([q, k], weights, eps=self.eps, tp_group=self.pg.tp, cos=cos, sin=sin)
+        norm = {"eps": self.eps, "tp_group": self.pg.tp, "cos": cos, "sin": sin}
         if gate is not None:
             gate = gate.unflatten(-1, (-1, self.head_dim))
+            blocks = self._blocks_of_norm(q, shard)
+            if blocks is not None:
+                return normed_sparse_attention(q, k, v, gate, weights, **norm, **blocks).flatten(2)
+        q, k = norm_heads([q, k], weights, **norm)
         return self._mix(q, k, v, gate, shard).flatten(2)
+
+    def _blocks_of_norm(self, q: Tensor, shard: TokenShard) -> dict[str, Any] | None:
+        """Options of ``normed_sparse_attention`` where it is of use.
+
+        CP ranks exchange tokens for heads between norm and attention, and make blocks after that.
+        """
+        if self.vsa is None or shard.grid is None or self.pg.cp.size() > 1:
+            return None
+        frames, rows, columns = shard.grid
+        layout = frames_layout(self.vsa, [frames], rows, columns, shard.prefix)
+        if not makes_blocks(q, self.vsa, shard.sparsity, layout):
+            return None
+        return {"options": self.vsa, "sparsity": shard.sparsity, "layout": layout}
 
     def _whole(self, shard: TokenShard) -> Attend:
         """What attends once all tokens are together."""

@@ -94,10 +94,7 @@ def norm_heads(
         cos: ``[S, K/2]`` fp32.
         sin: the same.
     """
-    sums: Sequence[Tensor | None] = [None] * len(xs_SBNK)
-    if tp_group.size() > 1:
-        own = torch.cat([kernels.sum_squares(x) for x in xs_SBNK], dim=-1)
-        sums = copy_to_tp(sum_over(own, tp_group), tp_group).split(1, dim=-1)
+    sums = sum_squares_of_heads(xs_SBNK, tp_group)
     features = xs_SBNK[0].shape[-2:].numel() * tp_group.size()
     return [
         kernels.rmsnorm_rope(
@@ -105,3 +102,14 @@ def norm_heads(
         )
         for x, weight, total in zip(xs_SBNK, weights, sums, strict=True)
     ]
+
+
+def sum_squares_of_heads(xs_SBNK: Sequence[Tensor], tp_group: Any) -> Sequence[Tensor | None]:
+    """Of each tensor its sum of squares over the heads of all TP ranks, ``[S, B, 1]``.
+
+    None where a rank has all heads: the norm finds it itself.
+    """
+    if tp_group.size() == 1:
+        return [None] * len(xs_SBNK)
+    own = torch.cat([kernels.sum_squares(x) for x in xs_SBNK], dim=-1)
+    return copy_to_tp(sum_over(own, tp_group), tp_group).split(1, dim=-1)

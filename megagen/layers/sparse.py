@@ -15,7 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from megagen.core.vsa import VSAOptions
+from megagen.kernels import norm_rope_tile_pool
 from megagen.kernels import vsa as kernels
+from megagen.kernels.backend import serves_triton
+from megagen.layers.norm import sum_squares_of_heads
+from megagen.parallel.context import attend_to_valid
 
 
 def frames_layout(
@@ -81,6 +85,85 @@ def sparse_attention(
     )
     assert isinstance(found, Tensor)
     return found.transpose(0, 1)
+
+
+def makes_blocks(
+    like_SBNK: Tensor, options: VSAOptions, sparsity: float | None, layout: Any
+) -> bool:
+    """Whether ``normed_sparse_attention`` does in one pass what else are several.
+
+    Args:
+        like_SBNK: queries before their norm.
+        options: kernels.
+        sparsity: see ``sparse_attention``.
+        layout: of queries and keys.
+    """
+    topk = layout.topk(options.at(None) if sparsity is None else sparsity)
+    return serves_triton(like_SBNK) and kernels.wants_pooled(
+        like_SBNK, layout, topk, options.kernels
+    )
+
+
+def normed_sparse_attention(
+    q_SBNK: Tensor,
+    k_SBNK: Tensor,
+    v_SBNK: Tensor,
+    gate_SBNK: Tensor,
+    weights: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    eps: float,
+    tp_group: Any,
+    options: VSAOptions,
+    sparsity: float | None,
+    layout: Any,
+) -> Tensor:
+    """``norm_heads`` of queries and keys and ``sparse_attention``, with blocks made by the norm.
+
+    Args:
+        q_SBNK: projected queries, ``[S, B, N, K]``; tokens after those of ``layout`` are padding.
+        k_SBNK: keys of the same tokens.
+        v_SBNK: values.
+        gate_SBNK: of the coarse part.
+        weights: of the norms of queries and keys.
+        cos, sin: ``[S, K/2]``.
+        eps, tp_group: as of ``norm_heads``.
+        options, sparsity, layout: as of ``sparse_attention``.
+
+    Returns:
+        ``[S, B, N, K]``, zeros in the padding.
+    """
+    sums = sum_squares_of_heads([q_SBNK, k_SBNK], tp_group)
+    share, count = options.at(None) if sparsity is None else sparsity, layout.num_tokens
+    num_features = q_SBNK.shape[-2:].numel() * tp_group.size()
+
+    def pooled(x: Tensor, weight: Tensor, total: Tensor | None) -> kernels.Pooled:
+        made = norm_rope_tile_pool(
+            x,
+            weight,
+            cos[:count],
+            sin[:count],
+            layout=layout,
+            eps=eps,
+            sum_squares_SB1=None if total is None else total[:count],
+            num_features=num_features,
+        )
+        return kernels.Pooled(*made)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        return kernels.vsa_attention_pooled(
+            pooled(q, weights[0], sums[0]),
+            pooled(k, weights[1], sums[1]),
+            kernels.Pooled(*norm_rope_tile_pool(v, None, layout=layout)),
+            gate.transpose(0, 1),
+            layout=layout,
+            topk=layout.topk(share),
+            backend=options.kernels,
+            deterministic=options.deterministic,
+        ).transpose(0, 1)
+
+    return attend_to_valid([q_SBNK, k_SBNK, v_SBNK, gate_SBNK], count, attend)
 
 
 def scored_pairs(

@@ -61,6 +61,9 @@ class CausalSelfAttention(SelfAttention):
         super().__init__(*args, **kwargs)
         self.layer = layer
 
+    def _blocks_of_norm(self, q: Tensor, shard: TokenShard) -> None:
+        """Never: blocks of frames choose among keys of several, and of the cache."""
+
     def _whole(self, shard: TokenShard) -> Attend:
         assert isinstance(shard, CausalShard)
         has_own_rows = self.comm_type == "all_gather" and shard.cp_size > 1
