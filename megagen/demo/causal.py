@@ -45,13 +45,13 @@ if TYPE_CHECKING:
 RUNS = ("forcing", "causal_kd", "self_forcing")
 """Names of the three runs and of their folders."""
 CAUSAL_STEPS: Mapping[int, tuple[float, ...]] = {
-    4: (1000.0, 900.0, 750.0, 300.0, 0.0),
-    2: (1000.0, 600.0, 0.0),
+    4: (1000.0, 900.0, 750.0, 500.0, 0.0),
+    2: (1000.0, 750.0, 0.0),
 }
 """Number of steps a block to the timesteps at which the causal student is streamed.
 
-They are not all those it is trained at: the nearest to clips of the training among a dozen lists,
-asked in the training's captions.
+Those it is trained at, and two of them: the nearest to clips of the training, asked in the
+training's captions, as ``megagen.demo.choose`` finds them.
 """
 _TIMED_CLIPS = 6
 
@@ -164,7 +164,7 @@ def make_causal(options: CausalOptions, teacher: Path, out: Path, phase: Phase) 
             "models.student.init_from": out / "kd_student",
             "models.teacher.init_from": teacher,
             "models.critic.init_from": teacher,
-            **steps_of(options.self_forcing_steps, parts=4),
+            **steps_of(options.self_forcing_steps, parts=3),
         }
         train(options.self_forcing, out / "self_forcing", options.num_ranks, own)
         export(out / "self_forcing", out / "student", teacher, CAUSAL_STEPS[4])
