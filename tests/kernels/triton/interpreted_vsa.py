@@ -7,7 +7,6 @@ The cases here are few and dense, and go through every path of the kernels.
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -18,10 +17,10 @@ from megagen.kernels.triton import vsa_launch, vsa_tune
 from megagen.kernels.triton.vsa_launch import Config
 from megagen.kernels.vsa.backends import reference
 from megagen.kernels.vsa.backends import triton as backend
-from megagen.kernels.vsa.index import Lists, transpose_index
+from megagen.kernels.vsa.index import transpose_index
 from tests.kernels.vsa import definition, test_attention
 from tests.kernels.vsa.backends import Kind, error
-from tests.kernels.vsa.test_fine import Case, compare
+from tests.kernels.vsa.test_fine import Case, compare, of_its_own_forward
 
 
 def kind(device: str, dtype: torch.dtype = torch.bfloat16) -> Kind:
@@ -46,21 +45,6 @@ def test_fine_stage(
     if scale > 4:
         expected |= of_its_own_forward(case, found)
     compare(case, found, expected)
-
-
-def of_its_own_forward(case: Case, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients in fp64 of the very output and LSE that were found.
-
-    Where one score outweighs the others, ``dP - delta`` is what is left of two large numbers: it
-    shows how the output was rounded, which no backward can undo.
-    """
-    index, sizes = case.index(), case.sizes()
-    lists = Lists(*(x.cpu() for x in (index.idx_BHqM, index.num_BHq, *sizes)))
-    exact = [x.cpu().double() for x in case.kind.to(*case.qkv, case.do, case.dlse)]
-    *qkv, do, dlse = exact
-    made = (x.cpu().double() for x in (found["out"], found["lse"]))
-    grads = reference.fine_backward(do, dlse, *qkv, *made, lists, qkv[0].size(-1) ** -0.5)
-    return dict(zip(("dq", "dk", "dv"), grads, strict=True))
 
 
 @pytest.mark.parametrize("is_bulk", [True, False])
@@ -207,17 +191,7 @@ def test_the_whole_of_it(device: str, has_gate: bool, seeded: torch.Generator) -
         assert error(leaf.grad[:, :, :, i], exact.grad[:, :, :, i]) < 1e-2, i
 
 
-def test_five_steps_follow_the_reference(
-    device: str, monkeypatch: pytest.MonkeyPatch, seeded: torch.Generator
-) -> None:
-    """With every block: of two that nearly tie bf16 may choose either, and the losses part."""
-
-    def with_every_block(*tensors: Tensor, **options: Any) -> Tensor:
-        out = vsa_attention(*tensors, **{**options, "topk": 2})
-        assert isinstance(out, Tensor)
-        return out
-
-    monkeypatch.setattr(test_attention, "vsa_attention", with_every_block)
+def test_five_steps_follow_the_reference(device: str, seeded: torch.Generator) -> None:
     test_attention.test_five_steps_follow_the_reference(kind(device), seeded)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -169,37 +170,53 @@ def test_formulas_of_every_gradient(seeded: torch.Generator) -> None:
     assert torch.autograd.gradcheck(attend, leaves, fast_mode=True)
 
 
-@kinds
-def test_five_steps_follow_the_reference(kind: Kind, seeded: torch.Generator) -> None:
+class FiveSteps:
     """Query, key, value and gate projections trained through it, in fp32 beside the backend."""
-    serve(kind, 64)
-    layout = VSALayout((4, 4, 8), (4, 4, 4))
-    x = torch.randn(1, layout.num_tokens, 64, generator=seeded)
-    target = torch.randn(1, layout.num_tokens, 1, 64, generator=seeded)
-    start = 0.1 * torch.randn(4, 64, 64, generator=seeded)
 
-    def losses(like: Kind) -> list[float]:
-        weight = start.to(like.device, copy=True).requires_grad_()
-        (hidden,), (goal,) = like.to(x), like.to(target)
+    def __init__(self, generator: torch.Generator) -> None:
+        self.layout = VSALayout((4, 4, 8), (4, 4, 4))
+        tokens = self.layout.num_tokens
+        self.x = torch.randn(1, tokens, 64, generator=generator)
+        self.target = torch.randn(1, tokens, 1, 64, generator=generator)
+        self.start = 0.1 * torch.randn(4, 64, 64, generator=generator)
+
+    def losses(self, like: Kind) -> tuple[list[float], float]:
+        """The losses, and the smallest lead of a chosen block, in deviations of the scores."""
+        weight = self.start.to(like.device, copy=True).requires_grad_()
+        (hidden,), (goal,) = like.to(self.x), like.to(self.target)
         optimizer = torch.optim.SGD([weight], lr=20.0)
-        found = []
+        blocks = definition.tokens_of_blocks(self.layout.grid, self.layout.tile)
+        found, lead = [], math.inf
         for _ in range(5):
             projected = (hidden @ weight[n].to(like.dtype) for n in range(4))
             q, k, v, gate = (y.unflatten(-1, (1, 64)) for y in projected)
-            out = vsa_attention(q, k, v, gate, layout=layout, topk=1, backend=like.backend)
+            scores = definition.block_scores(
+                q.detach().double(), k.detach().double(), blocks, blocks
+            )
+            lead = min(lead, float(scores.diff(dim=-1).abs().min() / scores.std()))
+            options: dict[str, Any] = {"layout": self.layout, "topk": 1, "backend": like.backend}
+            out = vsa_attention(q, k, v, gate, **options)
             assert isinstance(out, Tensor)
             loss = (out.float() - goal.float()).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             found.append(loss.item())
-        return found
+        return found, lead
 
+
+@kinds
+def test_five_steps_follow_the_reference(kind: Kind, seeded: torch.Generator) -> None:
+    serve(kind, 64)
     reference = Kind("reference", kind.device, torch.float32, 0, 0, 0)
-    expected = losses(reference)
+    steps = FiveSteps(seeded)
+    expected, lead = steps.losses(reference)
+    while lead < 0.1:  # of blocks that nearly tie bf16 may choose the other, and the losses part
+        steps = FiveSteps(seeded)
+        expected, lead = steps.losses(reference)
     assert expected[-1] < 0.99 * expected[0]
     tolerance = 2e-2 if kind.dtype == torch.bfloat16 else 1e-4
-    assert losses(kind) == pytest.approx(expected, rel=tolerance)
+    assert steps.losses(kind)[0] == pytest.approx(expected, rel=tolerance)
 
 
 def test_recomputation_gives_the_same_bits(seeded: torch.Generator) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megagen.kernels import BlockIndex, block_sparse_attention
+from megagen.kernels.vsa.backends import reference
+from megagen.kernels.vsa.index import Lists as BackendLists
 from tests.kernels.vsa import definition
 from tests.kernels.vsa.backends import EXACT, KINDS, Kind, error, serve
 
@@ -42,7 +44,7 @@ class Case:
         self.kind, self.q_sizes, self.kv_sizes = kind, q_sizes, kv_sizes
         # scores grow with the square, and a softmax passes their absolute error on
         is_half = kind.dtype in (torch.bfloat16, torch.float16)
-        self.slack = (2 if scale > 4 else 1) if is_half else max(1.0, scale**2 / 4)
+        self.slack = 1.0 if is_half else max(1.0, scale**2 / 4)
 
         def draw(blocks: int) -> Tensor:
             return torch.randn(2, 2, 64 * blocks, dim, generator=generator)
@@ -122,12 +124,30 @@ def compare(case: Case, found: dict[str, Tensor], expected: dict[str, Tensor]) -
         assert not found[name].cpu()[:, :, ~case.real(case.kv_sizes)].any()
 
 
+def of_its_own_forward(case: Case, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients in fp64 of the very output and LSE that were found.
+
+    Where one score outweighs the others, ``dP - delta`` is what is left of two large numbers: it
+    shows how the output was rounded, which no backward can undo.
+    """
+    index, sizes = case.index(), case.sizes()
+    lists = BackendLists(*(x.cpu() for x in (index.idx_BHqM, index.num_BHq, *sizes)))
+    exact = [x.cpu().double() for x in case.kind.to(*case.qkv, case.do, case.dlse)]
+    *qkv, do, dlse = exact
+    made = (x.cpu().double() for x in (found["out"], found["lse"]))
+    grads = reference.fine_backward(do, dlse, *qkv, *made, lists, qkv[0].size(-1) ** -0.5)
+    return dict(zip(("dq", "dk", "dv"), grads, strict=True))
+
+
 @pytest.mark.parametrize("scale", [1.0, 4.0, 16.0])
 def test_ragged_blocks_of_different_numbers(
     kind: Kind, scale: float, seeded: torch.Generator
 ) -> None:
     case = Case(kind, seeded, scale=scale)
-    compare(case, case.found(), case.expected())
+    found, expected = case.found(), case.expected()
+    if scale > 4 and kind.dtype == torch.bfloat16:  # see there
+        expected |= of_its_own_forward(case, found)
+    compare(case, found, expected)
 
 
 @pytest.mark.parametrize("dim", [24, 128])
