@@ -1,7 +1,10 @@
-// Vectors of floats without intrinsics: GCC and Clang turn them into the instruction set the file is
+// Vectors of floats, nearly without intrinsics: GCC and Clang turn them into the instruction set the file is
 // compiled for. Every name sits in the namespace of that instruction set, and no standard template is
 // used, so that the linker can never merge AVX2 code into the generic build.
 #pragma once
+#if MEGAGEN_X86
+#include <immintrin.h>
+#endif
 #include <cstdint>
 #include <cstring>
 
@@ -120,4 +123,22 @@ MEGAGEN_INLINE Vec exp(Vec x) {
   return p * scale;
 }
 MEGAGEN_INLINE float exp(float x) { return exp(Vec{} + x)[0]; }
+
+// For numbers that are not read soon: their lines are not fetched to be overwritten. `to` is aligned to a
+// vector.
+MEGAGEN_INLINE void store_past_cache(float* to, Vec x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, (__m256)x);
+#else
+  store(to, x);
+#endif
+}
+// Before other threads read them.
+MEGAGEN_INLINE void fence_past_cache() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 }  // namespace megagen::MEGAGEN_ISA

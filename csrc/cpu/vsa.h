@@ -35,9 +35,8 @@ struct Fine {
   BlockLists lists;
   Tokens q, k, v, o;  // o without data: it is not wanted
   float* lse;         // [B, H, n_q kBlock], natural logarithm; -inf where there is nothing to attend to
-  // The forward's second result, where `combined` has data: o + gate * coarse, with one row of coarse a
-  // query block; a gate without data: 1.
-  Tokens gate, coarse, combined;
+  // The forward's q, k and v in panels, as block_mean leaves them; null: they are read from tokens.
+  const float *q_panels, *k_panels, *v_panels;
   Tokens do_, dq, dk, dv;
   const float* dlse;  // like lse, or null: 0
   // Gradients of blocks' means, one row a block: each token gets its share of them besides its own
@@ -67,13 +66,14 @@ struct Select {
   float* workspace;  // threads x n_k
 };
 
-// What surrounds the stages: tokens x, their blocks `slots` (without data: not wanted), one `mean` or
-// coarse output a block.
+// What surrounds the stages: tokens x, their blocks as `slots` or `panels` (without data: not wanted), one
+// `mean` or coarse output a block.
 struct Glue {
   Index batch, heads, num_blocks, dim;
   const int32_t* sizes;
   Tokens x, slots, mean;
   Tokens gate, dgate, dmean;  // gate with null data: 1
+  float* panels;              // [B, H, n, block_panels]
 };
 
 struct Transpose {
@@ -84,6 +84,7 @@ struct Transpose {
 
 #define MEGAGEN_DECLARE(isa)                                              \
   namespace isa {                                                         \
+  Index block_panels(Index dim);                                          \
   Index fine_forward_workspace(const Fine& op, int threads);              \
   void fine_forward(const Fine& op, int threads);                         \
   Index fine_backward_workspace(const Fine& op, int threads);             \

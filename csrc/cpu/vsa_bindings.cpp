@@ -58,15 +58,18 @@ void advise_huge(Address address, Index bytes) {
 void bind_vsa(py::module_& m) {
   m.attr("BLOCK") = kBlock;
   m.def("advise_huge", advise_huge);
+  m.def("block_panels", [](Index dim) { return MEGAGEN_CALL(block_panels, dim); });
   m.def("fine_forward_workspace", [](const FineSizes& sizes, int threads) {
     return MEGAGEN_CALL(fine_forward_workspace, fine(sizes, 0, {}), threads);
   });
-  // tokens: q, k, v, o, gate, coarse, combined; address 0 where there is none
-  m.def("fine_forward", [](const FineSizes& sizes, float scale, const ListsIn& in, const std::array<TokensIn, 7>& given,
-                           Address lse, Address workspace, int threads) {
+  // panels: q, k, v; tokens: the same (address 0 where they come in panels) and o
+  using Panels = std::array<Address, 3>;
+  m.def("fine_forward", [](const FineSizes& sizes, float scale, const ListsIn& in, const Panels& panels,
+                           const std::array<TokensIn, 4>& given, Address lse, Address workspace, int threads) {
     Fine op = fine(sizes, scale, in);
+    op.q_panels = at<const float>(panels[0]), op.k_panels = at<const float>(panels[1]);
+    op.v_panels = at<const float>(panels[2]);
     op.q = tokens(given[0]), op.k = tokens(given[1]), op.v = tokens(given[2]), op.o = tokens(given[3]);
-    op.gate = tokens(given[4]), op.coarse = tokens(given[5]), op.combined = tokens(given[6]);
     op.lse = at<float>(lse), op.workspace = at<float>(workspace);
     py::gil_scoped_release release;
     MEGAGEN_CALL(fine_forward, op, usable(threads));
@@ -118,14 +121,15 @@ void bind_vsa(py::module_& m) {
 
   using GlueSizes = std::array<Index, 4>;     // B, H, n, D
   using GlueIn = std::array<TokensIn, 6>;     // x, slots, mean, gate, dgate, dmean; address 0 where there is none
-  const auto glue = [](const GlueSizes& sizes, Address block_sizes, const GlueIn& in) {
+  const auto glue = [](const GlueSizes& sizes, Address block_sizes, const GlueIn& in, Address panels) {
     const auto [batch, heads, num_blocks, dim] = sizes;
     return Glue{batch, heads, num_blocks, dim, at<const int32_t>(block_sizes), tokens(in[0]), tokens(in[1]),
-                tokens(in[2]), tokens(in[3]), tokens(in[4]), tokens(in[5])};
+                tokens(in[2]), tokens(in[3]), tokens(in[4]), tokens(in[5]), at<float>(panels)};
   };
 #define MEGAGEN_GLUE(function)                                                                              \
-  m.def(#function, [glue](const GlueSizes& sizes, Address block_sizes, const GlueIn& in, int threads) {     \
-    const Glue op = glue(sizes, block_sizes, in);                                                           \
+  m.def(#function, [glue](const GlueSizes& sizes, Address block_sizes, const GlueIn& in, Address panels,    \
+                          int threads) {                                                                    \
+    const Glue op = glue(sizes, block_sizes, in, panels);                                                   \
     py::gil_scoped_release release;                                                                         \
     MEGAGEN_CALL(function, op, usable(threads));                                                            \
   })

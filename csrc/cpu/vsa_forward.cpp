@@ -2,21 +2,20 @@
 //   S = Q K^T, m' = max(m, rowmax S), P = e^(scale S - m'), l = e^(m - m') l + rowsum P,
 //   O = e^(m - m') O + P V,
 // and at the end o = O / l, lse = m + ln l (the online softmax of FlashAttention, arXiv 2205.14135).
-// Heads are taken a few at a time; their keys and values are packed once and stay in cache. What the
-// coarse stage adds to o is added where o is written.
+// Heads are taken a few at a time; their keys and values are packed once and stay in cache.
 #include "parallel.h"
 #include "vsa_softmax.h"
 #include "vsa_tokens.h"
 
 namespace megagen::MEGAGEN_ISA {
 namespace {
-// Floats of a packed key or value block, and of one worker's memory.
+// Floats of a packed key or value block (none where they come in panels), and of one worker's memory.
 struct Sizes {
   Index keys, values, query, out, worker, group;
 
   Sizes(const Fine& op, int threads) {
-    keys = turned_size(op.dim), values = panels_size(op.dim);
-    query = values, out = values;
+    keys = turned_size(op.dim), values = op.v_panels ? 0 : panels_size(op.dim);
+    query = panels_size(op.dim), out = query;
     worker = query + out + kMapSize;
     // enough query blocks at a time for the threads to share evenly
     group = smaller(op.batch * op.heads, ceil_div(16 * threads, op.num_q > 0 ? op.num_q : 1));
@@ -62,51 +61,32 @@ static void soften(float* map, Index rows, Index columns, float scale, Rows& sta
 }
 }  // namespace
 
+Index block_panels(Index dim) { return panels_size(dim); }
+
 Index fine_forward_workspace(const Fine& op, int threads) {
   const Sizes sizes(op, threads);
   return sizes.packed(op) + threads * sizes.worker;
 }
 
-// o + gate * coarse of the tokens of a block, o = out * factor; `coarse` is memory for dim numbers.
-static void write_combined(const Fine& op, Index b, Index h, Index block, Index rows, const float* out,
-                           const float* factor, float* coarse) {
-  for (Index d = 0; d < op.dim; d += kPanel)
-    read_part(op.coarse, element_of(op.coarse, b, h, block) + d, smaller(kPanel, op.dim - d), coarse + d);
-  for (Index i = 0; i < kBlock; ++i) {
-    const Index slot = block * kBlock + i, token = element_of(op.combined, b, h, slot);
-    if (token < 0) continue;
-    const Index gates = op.gate.data ? element_of(op.gate, b, h, slot) : 0;
-    const float* line = out + i * kPanel;
-    for (Index d = 0; d < op.dim; d += kPanel, line += kPanelSize) {
-      const Index n = smaller(kPanel, op.dim - d);
-      float gate[kPanel], sum[kPanel];
-      if (op.gate.data)
-        read_part(op.gate, gates + d, n, gate);
-      else
-        for (Index e = 0; e < kPanel; e += kWidth) store(gate + e, Vec{} + 1.0f);
-      for (Index e = 0; e < kPanel; e += kWidth) {
-        const Vec own = i < rows ? load<Vec>(line + e) * factor[i] : Vec{};
-        store(sum + e, own + load<Vec>(gate + e) * load<Vec>(coarse + d + e));
-      }
-      write_part(op.combined, token + d, n, sum);
-    }
-  }
-}
-
 static void attend(const Fine& op, const Sizes& sizes, Index head, Index block, const float* packed, float* memory) {
   const Index b = head / op.heads, h = head % op.heads, slot = block * kBlock;
-  float *query = memory, *out = query + sizes.query, *map = out + sizes.out;
+  const float* query = memory;
+  float *out = memory + sizes.query, *map = out + sizes.out;
   const Index rows = op.lists.q_sizes[block], row_of_lists = head * op.num_q + block;
   const int32_t* listed = op.lists.idx + row_of_lists * op.lists.width;
   const float scale = op.scale * kLog2E;
   Rows state{};
   for (Index i = 0; i < kBlock; ++i) state.largest[i] = -__builtin_inff();
-  if (rows > 0) read_panels(op.q, b, h, slot, rows, op.dim, query);
+  if (op.q_panels)
+    query = op.q_panels + row_of_lists * sizes.query;
+  else if (rows > 0)
+    read_panels(op.q, b, h, slot, rows, op.dim, memory);
   bool any = false;
   for (Index place = 0; place < op.lists.num[row_of_lists]; ++place) {
     const Index key = listed[place], columns = op.lists.kv_sizes[key];
     if (columns == 0 || rows == 0) continue;
-    const float *keys = packed + key * (sizes.keys + sizes.values), *values = keys + sizes.keys;
+    const float* keys = packed + key * (sizes.keys + sizes.values);
+    const float* values = op.v_panels ? op.v_panels + (head * op.num_k + key) * sizes.query : keys + sizes.keys;
     multiply<Panels, ToMap, Update::kSet>(rows, columns, op.dim, query, keys, op.dim, map);
     soften(map, rows, columns, scale, state);
     if (any)
@@ -121,9 +101,7 @@ static void attend(const Fine& op, const Sizes& sizes, Index head, Index block, 
     lse[i] = real ? (state.largest[i] + __builtin_log2f(state.sum[i])) * kLn2 : -__builtin_inff();
     state.factor[i] = real ? 1.0f / state.sum[i] : 0.0f;
   }
-  const Index found = any ? rows : 0;
-  if (op.o.data) write_panels(op.o, b, h, slot, found, kBlock, op.dim, out, state.factor);
-  if (op.combined.data) write_combined(op, b, h, block, found, out, state.factor, query);
+  write_panels(op.o, b, h, slot, any ? rows : 0, kBlock, op.dim, out, state.factor);
 }
 
 void fine_forward(const Fine& op, int threads) {
@@ -134,7 +112,9 @@ void fine_forward(const Fine& op, int threads) {
     const Index count = smaller(sizes.group, heads - first);
     parallel_workers(count * op.num_k, threads, [&](Index unit, int worker) {
       const Index head = first + unit / op.num_k, block = unit % op.num_k, rows = op.lists.kv_sizes[block];
-      float *keys = packed + unit * each, *turned_from = memory + worker * sizes.worker;
+      float* keys = packed + unit * each;
+      if (op.k_panels) return turn_panels(op.k_panels + (head * op.num_k + block) * sizes.query, rows, op.dim, keys);
+      float* turned_from = memory + worker * sizes.worker;
       read_panels(op.k, head / op.heads, head % op.heads, block * kBlock, rows, op.dim, turned_from);
       turn_panels(turned_from, rows, op.dim, keys);
       read_panels(op.v, head / op.heads, head % op.heads, block * kBlock, rows, op.dim, keys + sizes.keys);

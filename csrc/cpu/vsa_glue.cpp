@@ -56,6 +56,14 @@ MEGAGEN_INLINE Index place(const Tokens& x, const Column& c, Index i) {
 }
 MEGAGEN_INLINE Index place(const Tokens& x, const Column& c) { return element_of(x, c.b, c.h, c.block) + c.d; }
 
+// A token's numbers, 0 after them, into the panels of its block.
+MEGAGEN_INLINE void write_line(const Glue& op, const Column& c, Index i, Index n, const float* x) {
+  const Index block = (c.b * op.heads + c.h) * op.num_blocks + c.block;
+  float* line = op.panels + block * panels_size(op.dim) + c.d / kPanel * kPanelSize + i * kPanel;
+  for (Index e = 0; e < n; e += kPanel, line += kPanelSize)
+    for (Index v = 0; v < kPanel; v += kWidth) store_past_cache(line + v, load<Vec>(x + e + v));
+}
+
 void block_mean(const Glue& op, int threads) {
   for_each_block(
       op, threads,
@@ -67,6 +75,7 @@ void block_mean(const Glue& op, int threads) {
         if (i < op.sizes[c.block]) {
           read(op.x, place(op.x, c, i), n, x);
           for (Index e = 0; e < n; ++e) c.sum[e] += x[e];
+          if (op.panels) write_line(op, c, i, n, x);
         }
         if (op.slots.data) write(op.slots, place(op.slots, c, i), n, x);
       },
@@ -74,6 +83,7 @@ void block_mean(const Glue& op, int threads) {
         const Index size = op.sizes[c.block];
         for (Index e = 0; e < n; ++e) c.sum[e] = size > 0 ? c.sum[e] / static_cast<float>(size) : 0.0f;
         write(op.mean, place(op.mean, c), n, c.sum);
+        if (op.panels) fence_past_cache();
       });
 }
 

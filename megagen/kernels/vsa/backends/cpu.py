@@ -10,6 +10,7 @@ P slots.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -83,19 +84,23 @@ def raster_forward(
     keep: bool,
 ) -> RasterForward:
     """Both stages and their gated sum: see ``raster.RasterForward``."""
-    q, k, v = (_rows(x) for x in (q_BSHD, k_BSHD, v_BSHD))
-    qm, km, vm = (_means(x, blocks) for x, blocks in ((q, queries), (k, keys), (v, keys)))
+    given = ((q_BSHD, queries), (k_BSHD, keys), (v_BSHD, keys))
+    (qm, km, vm), panels = zip(
+        *(_means_and_panels(_rows(x), each) for x, each in given), strict=True
+    )
     oc, lse_c, idx, num = coarse_forward(qm, km, vm, keys.sizes_n, topk, scale, score_dtype)
-    gate = None if gate_BSHD is None else _rows(gate_BSHD)
-    out = _empty(q.shape, q.dtype)
-    batch, _, heads, dim = q.shape
-    o = _empty((batch, heads, queries.slot_to_raster_P.numel() if keep else 0, dim), q.dtype)
-    order_q, order_k = queries.slot_to_raster_P, keys.slot_to_raster_P
-    tokens = [_raster(q, order_q), _raster(k, order_k), _raster(v, order_k)]
-    tokens += [_slots(o) if keep else _NONE, _raster(gate, order_q), _slots(oc)]
+    batch, num_tokens, heads, dim = q_BSHD.shape
+    shape = (batch, heads, queries.slot_to_raster_P.numel(), dim)
+    fits = panels[0].numel() == math.prod(shape) and q_BSHD.dtype == torch.float32
+    # a block's output may take the place of its queries, which no other block reads
+    o = panels[0].view(shape) if fits and not keep else _empty(shape, q_BSHD.dtype)
     lists = Lists(idx, num, queries.sizes_n, keys.sizes_n)
-    lse = _fine_forward((batch, heads), dim, lists, scale, [*tokens, _raster(out, order_q)])
-    return RasterForward(out, o, lse, oc, lse_c, idx, num, qm, km, vm)
+    tokens = [_NONE, _NONE, _NONE, _slots(o)]
+    lse = _fine_forward((batch, heads), dim, lists, scale, tokens, panels)
+    order, sizes = queries.slot_to_raster_P, queries.sizes_n
+    out = _combined(o, oc, gate_BSHD, order, sizes, num_tokens)
+    kept = o if keep else o.new_empty(batch, heads, 0, dim)
+    return RasterForward(out, kept, lse, oc, lse_c, idx, num, qm, km, vm)
 
 
 def raster_backward(
@@ -250,14 +255,9 @@ def untile_combine(
     o_BHPD: Tensor, oc_BHnD: Tensor, gate_BSHD: Tensor | None, raster_to_slot_S: Tensor
 ) -> Tensor:
     """``o + gate oc`` of each token, ``[B, S, H, D]``; without a gate the plain sum."""
-    batch, heads, _, dim = o_BHPD.shape
-    out = _empty((batch, raster_to_slot_S.numel(), heads, dim), o_BHPD.dtype)
-    slot_to_raster, sizes = _blocks(raster_to_slot_S, oc_BHnD.size(2))
-    gate = None if gate_BSHD is None else _rows(gate_BSHD)
-    tokens = (_raster(out, slot_to_raster), _slots(o_BHPD.contiguous()))
-    oc = oc_BHnD.contiguous()
-    _glue("combine", oc, sizes, *tokens, _slots(oc), _raster(gate, slot_to_raster))
-    return out
+    order, sizes = _blocks(raster_to_slot_S, oc_BHnD.size(2))
+    given = (o_BHPD.contiguous(), oc_BHnD.contiguous(), gate_BSHD)
+    return _combined(*given, order, sizes, raster_to_slot_S.numel())
 
 
 def untile_combine_backward(
@@ -285,11 +285,18 @@ _NONE = [0, 0, 0, 0, 0, 0]
 """A tensor that is not there."""
 
 
-def _glue(name: str, mean_BHnD: Tensor, sizes_n: Tensor, *tokens: list[int]) -> None:
+def _glue(
+    name: str,
+    mean_BHnD: Tensor,
+    sizes_n: Tensor,
+    *tokens: list[int],
+    panels: Tensor | None = None,
+) -> None:
     """An operation on x, slots, means, gate, its gradient, the means' gradient."""
     threads = num_threads(mean_BHnD.numel() * BLOCK)
     given = [*tokens, *[_NONE] * (6 - len(tokens))]
-    getattr(cpu(), name)(list(mean_BHnD.shape), address(sizes_n), given, threads)
+    sizes = list(mean_BHnD.shape)
+    getattr(cpu(), name)(sizes, address(sizes_n), given, address(panels), threads)
 
 
 def _blocks(raster_to_slot_S: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
@@ -316,26 +323,49 @@ def _empty_like(x: Tensor) -> Tensor:
     return _empty(x.shape, x.dtype)
 
 
-def _means(x_BSHD: Tensor, blocks: Blocks) -> Tensor:
-    """Of the blocks of tokens in raster order."""
+def _means_and_panels(x_BSHD: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Of the blocks of tokens in raster order: means, and the tokens as the fine stage has them."""
     batch, _, heads, dim = x_BSHD.shape
-    mean = x_BSHD.new_empty(batch, heads, blocks.sizes_n.numel(), dim)
+    num_blocks = blocks.sizes_n.numel()
+    mean = x_BSHD.new_empty(batch, heads, num_blocks, dim)
+    panels = _empty((batch, heads, num_blocks, cpu().block_panels(dim)))
     tokens = _raster(x_BSHD, blocks.slot_to_raster_P)
-    _glue("block_mean", mean, blocks.sizes_n, tokens, _NONE, _slots(mean))
-    return mean
+    _glue("block_mean", mean, blocks.sizes_n, tokens, _NONE, _slots(mean), panels=panels)
+    return mean, panels
+
+
+def _combined(
+    o_BHPD: Tensor,
+    oc_BHnD: Tensor,
+    gate_BSHD: Tensor | None,
+    order_P: Tensor,
+    sizes_n: Tensor,
+    num_tokens: int,
+) -> Tensor:
+    """``o + gate oc`` of each token, ``[B, S, H, D]``."""
+    batch, heads, _, dim = o_BHPD.shape
+    out = _empty((batch, num_tokens, heads, dim), o_BHPD.dtype)
+    gate = None if gate_BSHD is None else _rows(gate_BSHD)
+    tokens = (_raster(out, order_P), _slots(o_BHPD), _slots(oc_BHnD), _raster(gate, order_P))
+    _glue("combine", oc_BHnD, sizes_n, *tokens)
+    return out
 
 
 def _fine_forward(
-    sequences: Sequence[int], dim: int, lists: Lists, scale: float, tokens: Sequence[list[int]]
+    sequences: Sequence[int],
+    dim: int,
+    lists: Lists,
+    scale: float,
+    tokens: Sequence[list[int]],
+    panels: Sequence[Tensor | None] = (None, None, None),
 ) -> Tensor:
-    """LSE; tokens are q, k, v, o, gate, coarse output and the sum, none of the last ones needed."""
+    """LSE; tokens are q, k, v and o, the first three not needed where they come in panels."""
     sizes = [*sequences, lists.q_sizes.numel(), lists.kv_sizes.numel(), dim]
     lse = torch.empty(*sequences, sizes[2] * BLOCK, dtype=torch.float32)
     threads = _threads(lse.numel() * dim)
     workspace = _empty([cpu().fine_forward_workspace(sizes, threads)])
-    given = [*tokens, *[_NONE] * (7 - len(tokens))]
-    others = map(address, (lse, workspace))
-    cpu().fine_forward(sizes, scale, _lists(lists), given, *others, threads)
+    given = ([address(x) for x in panels], tokens, address(lse), address(workspace), threads)
+    cpu().fine_forward(sizes, scale, _lists(lists), *given)
     return lse
 
 
