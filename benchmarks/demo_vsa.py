@@ -46,7 +46,7 @@ def both(out: Path = Path("runs/demo-vsa")) -> None:
 @app.command()
 def quality(
     out: Path = Path("runs/demo-vsa"),
-    steps: int = 3000,
+    steps: int = 2400,
     num_samples: int = 1000,
     solver_steps: int = 48,
     nproc: int = 2,
