@@ -1,8 +1,8 @@
 """Both stages and their gated sum as one operator, from tokens in raster order to the same.
 
 For backends that read raster order as fast as blocks, which have the optional operations
-``raster_forward`` and ``raster_backward``: slots of queries, keys, values and their gradients are not
-kept, and what means hand on is added where the fine stage writes its gradients.
+``raster_forward`` and ``raster_backward``: slots of queries, keys, values and their gradients are
+not kept, and what means hand on is added where the fine stage writes its gradients.
 
 Legend: B batch, S tokens, H heads, D head dim, P slots (64 a block), q k blocks, M places of a
 list.
