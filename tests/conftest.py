@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,9 +10,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from tests import seeds
+
 
 def pytest_configure() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_report_header() -> str:
+    return f"MEGAGEN_TEST_SEED of what tests share: {seeds.SHARED}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,6 +32,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def seeded() -> torch.Generator:
     """Random inputs that differ from run to run; a failing test shows how to repeat them."""
-    seed = int(os.environ.get("MEGAGEN_TEST_SEED", secrets.randbelow(2**31)))
-    print(f"MEGAGEN_TEST_SEED={seed}")
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(seeds.fresh())

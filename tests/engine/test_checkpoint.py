@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from megatron.core import dist_checkpointing
 from megagen.engine.settings import EMASettings
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
+from tests import seeds
 from tests.engine import cases
 
 HALF, NUM_STEPS = 2, 4
@@ -62,7 +62,7 @@ def uninterrupted(weights: cases.Weights) -> Any:
 
 @functools.cache
 def reference() -> tuple[cases.Weights, Any]:
-    weights = cases.random_weights(secrets.randbelow(2**31))
+    weights = cases.random_weights(seeds.SHARED)
     return weights, run_ranks(1, uninterrupted, weights)[0]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from megagen.models.base import Request
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
 from megagen.parallel.mesh import Mesh
+from tests import seeds
 from tests.engine import cases
 
 SP = ParallelDims(tp_size=2, sequence_parallel=True)
@@ -99,13 +99,13 @@ def plain(model: cases.PlainModel, request: Request, blocks: list[int], heads: H
 
 @functools.cache
 def weights() -> cases.Weights:
-    return cases.random_weights(secrets.randbelow(2**31))
+    return cases.random_weights(seeds.SHARED)
 
 
 @functools.cache
 def reference(name: str) -> tuple[int, list[Expected]]:
     """The heads' seed, and what is expected of each request."""
-    seed = secrets.randbelow(2**31)
+    seed = seeds.SHARED
     model, blocks = cases.PlainModel(weights()), sorted(set(BLOCK_SETS[name]))
     return seed, [plain(model, request, blocks, Heads(seed)) for request in requests()]
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
-import secrets
 from typing import Any
 
 import pytest
 
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
+from tests import seeds
 from tests.engine import cases
 
 NUM_STEPS = 5
@@ -45,9 +44,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 @functools.cache
 def reference() -> tuple[Any, Any]:
     """Fresh weights and the plain loop's curve from them."""
-    seed = int(os.environ.get("MEGAGEN_TEST_SEED", secrets.randbelow(2**31)))
-    print(f"weights from seed {seed}")
-    weights = cases.random_weights(seed)
+    weights = cases.random_weights(seeds.SHARED)
     return weights, cases.plain_curve(weights, NUM_STEPS)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from megagen.models.adapters import AdapterSpec, is_adapter
 from megagen.models.base import Request
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
+from tests import seeds
 from tests.engine import cases
 from tests.engine import lora_cases as lora
 
@@ -59,15 +58,13 @@ LAYOUTS: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = [
 
 @functools.cache
 def weights() -> cases.Weights:
-    seed = int(os.environ.get("MEGAGEN_TEST_SEED", secrets.randbelow(2**31)))
-    print(f"weights from seed {seed}")
-    return cases.random_weights(seed)
+    return cases.random_weights(seeds.SHARED)
 
 
 @functools.cache
 def reference(name: str, is_plain: bool) -> tuple[cases.Weights, dict[str, Any]]:
     """Fresh adapters, and what becomes of them with PEFT."""
-    adapters = lora.random_adapters(SPECS[name], secrets.randbelow(2**31))
+    adapters = lora.random_adapters(SPECS[name], seeds.SHARED)
     settings, steps = (lora.ADAMW, 1) if is_plain else (cases.ADAMW, NUM_STEPS)
     return adapters, lora.peft_curve(weights(), adapters, SPECS[name], steps, settings)
 
@@ -146,7 +143,7 @@ def _base_addresses(role: Any) -> dict[str, int]:
 @functools.cache
 def shared_reference() -> tuple[list[cases.Weights], dict[str, Any]]:
     specs = (lora.SPEC, lora.PARTLY)
-    adapters = [lora.random_adapters(spec, secrets.randbelow(2**31)) for spec in specs]
+    adapters = [lora.random_adapters(spec, seeds.SHARED + i) for i, spec in enumerate(specs)]
     runs = [
         lora.peft_curve(weights(), given, spec, 2, lora.ADAMW)
         for given, spec in zip(adapters, specs, strict=True)
@@ -270,7 +267,7 @@ def uninterrupted(weights: cases.Weights, adapters: cases.Weights) -> Any:
 
 @functools.cache
 def uninterrupted_once() -> tuple[cases.Weights, Any]:
-    adapters = lora.random_adapters(lora.EVERYWHERE, secrets.randbelow(2**31))
+    adapters = lora.random_adapters(lora.EVERYWHERE, seeds.SHARED)
     return adapters, run_ranks(1, uninterrupted, weights(), adapters)[0]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import secrets
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from megagen.engine.settings import EMASettings, OptimizerSettings
 from megagen.models.base import Request
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
+from tests import seeds
 from tests.engine import cases
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -138,7 +138,7 @@ def skip(weights: cases.Weights, dims: ParallelDims, poison: str, **settings: An
 def test_a_bad_micro_batch_changes_nothing_anywhere(
     num_ranks: int, dims: ParallelDims, settings: dict[str, Any], poison: str
 ) -> None:
-    weights = cases.random_weights(secrets.randbelow(2**31))
+    weights = cases.random_weights(seeds.fresh())
     found = run_ranks(num_ranks, functools.partial(skip, **settings), weights, dims, poison)
     plain = cases.PlainModel(weights)
     for step in (0, 2):  # as if the bad step had not been
@@ -181,7 +181,7 @@ AVERAGED = {
 
 @functools.cache
 def averaged_reference() -> Any:
-    weights = cases.random_weights(secrets.randbelow(2**31))
+    weights = cases.random_weights(seeds.SHARED)
     plain = cases.PlainModel(weights)
     shadow = copy.deepcopy(plain.weights())
     for step in range(4):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import secrets
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from megagen.models.wan import WanModel
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
 from megagen.parallel.mesh import Mesh
+from tests import seeds
 from tests.engine import cases
 
 SP = ParallelDims(tp_size=2, sequence_parallel=True)
@@ -48,7 +48,7 @@ def feature_loss(velocity: Tensor, request: Request) -> dict[str, Tensor]:
 @functools.cache
 def reference() -> tuple[cases.Weights, list[Tensor], list[Tensor]]:
     """Weights, predictions and input gradients of diffusers' network."""
-    weights = cases.random_weights(secrets.randbelow(2**31))
+    weights = cases.random_weights(seeds.SHARED)
     plain = cases.PlainModel(weights)
     predictions, gradients = [], []
     for request in mixed_requests():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import secrets
 from typing import Any
 
 import pytest
@@ -19,6 +17,7 @@ from megagen.models.base import Request
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
 from megagen.parallel.mesh import Mesh
+from tests import seeds
 from tests.engine import cases
 
 NUM_STEPS = 2
@@ -88,9 +87,7 @@ def plain_run(weights: list[cases.Weights]) -> dict[str, Any]:
 
 @functools.cache
 def reference() -> tuple[Any, Any]:
-    seed = int(os.environ.get("MEGAGEN_TEST_SEED", secrets.randbelow(2**31)))
-    print(f"weights from seed {seed}")
-    weights = [cases.random_weights(seed + i) for i in range(3)]
+    weights = [cases.random_weights(seeds.SHARED + i) for i in range(3)]
     return weights, plain_run(weights)
 
 

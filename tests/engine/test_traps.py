@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from megagen.parallel.comm import copy_to_tp
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
 from megagen.parallel.mesh import Mesh
+from tests import seeds
 from tests.engine import cases
 
 PLAIN = dataclasses.replace(cases.ADAMW, max_grad_norm=0.0, use_distributed_optimizer=False)
@@ -37,7 +37,7 @@ VPP = ParallelDims(pp_size=2, virtual_pp_size=2)
 
 @functools.cache
 def weights() -> cases.Weights:
-    return cases.random_weights(secrets.randbelow(2**31))
+    return cases.random_weights(seeds.SHARED)
 
 
 # -- 1: a gradient that is not contiguous is still summed over TP --------------------------------

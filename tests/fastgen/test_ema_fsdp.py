@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from megagen.fastgen.config import EMAConfig
 from megagen.fastgen.ema import ExponentialMovingAverage
 from megagen.parallel.launch import run_ranks
+from tests import seeds
 
 
 class Net(nn.Module):
@@ -253,8 +253,8 @@ def not_gathered(seed: int) -> None:
 
 @pytest.mark.parametrize("check", [trajectories, copies, gathered_root, not_gathered])
 def test_under_fsdp2(check: Any) -> None:
-    run_ranks(2, check, secrets.randbelow(2**31))
+    run_ranks(2, check, seeds.fresh())
 
 
 def test_saved_and_loaded_in_every_form(tmp_path: Path) -> None:
-    run_ranks(2, saved, secrets.randbelow(2**31), tmp_path)
+    run_ranks(2, saved, seeds.fresh(), tmp_path)

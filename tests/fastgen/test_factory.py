@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from megagen.fastgen.factory import (
     load_fake_score_weights,
 )
 from megagen.parallel.launch import run_ranks
+from tests import seeds
 
 
 def wan(seed: int) -> WanTransformer3DModel:
@@ -77,7 +77,7 @@ def expect_copy(fake_score: nn.Module, teacher: nn.Module) -> None:
 
 @pytest.fixture
 def teacher() -> WanTransformer3DModel:
-    return wan(secrets.randbelow(2**31))
+    return wan(seeds.fresh())
 
 
 def test_a_copy_as_the_peer_makes_it(teacher: WanTransformer3DModel) -> None:
@@ -267,4 +267,4 @@ def under_fsdp2(seed: int, folder: Path) -> None:
 
 
 def test_under_fsdp2(tmp_path: Path) -> None:
-    run_ranks(2, under_fsdp2, secrets.randbelow(2**31), tmp_path)
+    run_ranks(2, under_fsdp2, seeds.fresh(), tmp_path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +31,7 @@ from megagen.fastgen.video_discriminators import Discriminator_VideoDiT
 from megagen.models.base import Request
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
+from tests import seeds
 from tests.engine import cases
 
 ROLES = ("student", "teacher", "fake_score")
@@ -97,7 +97,7 @@ class Found:
 
 
 def make_case(sample_type: str) -> Case:
-    seed = secrets.randbelow(2**31)
+    seed = seeds.fresh()
     print(f"seed {seed}")
     generator = torch.Generator().manual_seed(seed)
     config = DMDConfig(**CONFIG, student_sample_type=sample_type)

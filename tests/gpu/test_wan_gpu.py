@@ -6,7 +6,6 @@ Each needs one GPU; flash-attention and Transformer Engine are tested where they
 from __future__ import annotations
 
 import importlib
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from megagen.models.base import Request
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import init_distributed
+from tests import seeds
 from tests.models.wan_cases import (
     CASES,
     make_request,
@@ -42,7 +42,7 @@ ROUND: dict[str, Any] = {
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    seed = secrets.randbelow(2**31)
+    seed = seeds.fresh()
     print(f"seed {seed}")
     return torch.Generator().manual_seed(seed)
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-
 import pytest
 import torch
+
+from tests import seeds
 
 
 @pytest.fixture
 def generator() -> torch.Generator:
     """Differs from run to run; a failing test prints the seed that repeats it."""
-    seed = int(os.environ.get("MEGAGEN_TEST_SEED", secrets.randbelow(2**31)))
-    print(f"MEGAGEN_TEST_SEED={seed}")
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(seeds.fresh())

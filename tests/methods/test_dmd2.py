@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import secrets
 from typing import Any
 
 import pytest
@@ -22,6 +20,7 @@ from megagen.methods.scores import score_range
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
 from megagen.parallel.mesh import Mesh
+from tests import seeds
 from tests.engine import cases
 from tests.methods import dmd2_cases as dmd2
 
@@ -105,9 +104,7 @@ METRICS = (*(f"loss/{t}" for t in TERMS), *(f"grad_norm/{r}" for r in TRAINED))
 
 @functools.cache
 def weights() -> list[cases.Weights]:
-    seed = int(os.environ.get("MEGAGEN_TEST_SEED", secrets.randbelow(2**31)))
-    print(f"weights from seed {seed}")
-    return [cases.random_weights(seed + i) for i in range(3)]
+    return [cases.random_weights(seeds.SHARED + i) for i in range(3)]
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from megagen.parallel.context import context_attention
 from megagen.parallel.dims import ParallelDims
 from megagen.parallel.launch import run_ranks
 from megagen.parallel.mesh import Mesh
+from tests import seeds
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -86,14 +86,14 @@ def errors(dims: ParallelDims, num_tokens: int, seed: int) -> list[float]:
 )
 def test_equals_dense_attention(size: int, kind: Any, a2a: int | None, num_tokens: int) -> None:
     dims = ParallelDims(cp_size=size, cp_comm_type=kind, cp_a2a_size=a2a)
-    found = run_ranks(size, errors, dims, num_tokens, secrets.randbelow(2**31))
+    found = run_ranks(size, errors, dims, num_tokens, seeds.fresh())
     assert max(max(rank) for rank in found) < 5e-6
 
 
 def test_ring_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ring, "MAX_SCORES", 8 * 7 * 2)  # two queries at a time
     dims = ParallelDims(cp_size=2, cp_comm_type="p2p")
-    found = run_ranks(2, errors, dims, 13, secrets.randbelow(2**31))
+    found = run_ranks(2, errors, dims, 13, seeds.fresh())
     assert max(max(rank) for rank in found) < 5e-6
 
 

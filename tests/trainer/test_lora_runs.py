@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 
 from megagen.cli.train import run_training
 from megagen.config.load import load_run_config
+from tests import seeds
 from tests.trainer.synthetic import TEXT_SHAPE, config_tree, write_config, write_dataset
 from tests.trainer.test_runs import read_metrics
 
@@ -25,7 +25,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset with its unconditional embedding, and a base."""
     folder = tmp_path_factory.mktemp("dmd2_lora")
     write_dataset(folder / "data")
-    generator = torch.Generator().manual_seed(secrets.randbelow(2**31))
+    generator = torch.Generator().manual_seed(seeds.fresh())
     negative = torch.randn(TEXT_SHAPE, generator=generator)
     save_file({"negative": negative}, folder / "data" / "unconditional.safetensors")
     architecture = config_tree(folder, folder)["models"]["student"]["architecture"]

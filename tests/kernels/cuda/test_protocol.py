@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
-
 import pytest
 
+from tests import seeds
 from tests.kernels.cuda.emulated import Emulated
 
 pytestmark = pytest.mark.timeout(900)  # the first one waits for g++
@@ -23,7 +22,7 @@ def test_every_entry_reaches_its_owner_and_nobody_waits_forever(
     built: Emulated, longest: int
 ) -> None:
     for _ in range(8):
-        seed = secrets.randbelow(2**31)
+        seed = seeds.fresh()
         assert walk(built, 0, seed, longest=longest) is None, seed
 
 
