@@ -116,7 +116,8 @@ def compare(case: Case, found: dict[str, Tensor], expected: dict[str, Tensor]) -
     finite = expected["lse"].isfinite()
     assert torch.equal(found["lse"].isfinite().cpu(), finite)
     difference = found["lse"].cpu().double()[finite] - expected["lse"][finite]
-    assert difference.abs().max() < kind.lse * max(1.0, float(expected["lse"][finite].abs().max()))
+    largest = float(expected["lse"][finite].abs().max())
+    assert difference.abs().max() < min(kind.lse * max(1.0, largest), max(1e-3, 2e-6 * largest))
     # nothing lands in empty slots
     assert not found["out"].cpu()[:, :, ~case.real(case.q_sizes)].any()
     assert not found["dq"].cpu()[:, :, ~case.real(case.q_sizes)].any()
