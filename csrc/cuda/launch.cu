@@ -11,23 +11,28 @@ using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*
                             const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                             CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-Encode find_encode() {
+// An error of the runtime's own, such as a driver that is older than it, keeps its words.
+MegagenError find(Encode* encode) {
   void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
   const cudaError_t e =
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-  return e == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
+  if (MegagenError error = check("cuTensorMapEncodeTiled", e)) return error;
+  if (result != cudaDriverEntryPointSuccess) return failed("cuTensorMapEncodeTiled", "the driver does not offer it");
+  *encode = reinterpret_cast<Encode>(found);
+  return nullptr;
 }
 }  // namespace
 
 MegagenError failed(const char* what, const char* detail) {
   std::snprintf(message, sizeof message, "%s: %s", what, detail);
+  cudaGetLastError();  // told once: the next launch that goes well must not report it again
   return message;
 }
 
 MegagenError describe(CUtensorMap* map, uint64_t address, int64_t sequences, int64_t tokens, int dim, bool fp16) {
-  const Encode encode = find_encode();
-  if (!encode) return failed("cuTensorMapEncodeTiled", "the driver does not offer it");
+  Encode encode = nullptr;
+  if (MegagenError error = find(&encode)) return error;
   const cuuint64_t token_bytes = static_cast<cuuint64_t>(dim) * 2;
   const cuuint64_t sizes[4] = {64, static_cast<cuuint64_t>(tokens), static_cast<cuuint64_t>(dim / 64),
                                static_cast<cuuint64_t>(sequences)};
