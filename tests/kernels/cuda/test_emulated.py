@@ -5,12 +5,14 @@ Lists, merges, transposes and both backwards run as they would on a GPU, by way 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from megagen.kernels.vsa import dispatch
-from megagen.kernels.vsa.backends import cuda
+from megagen.kernels.vsa.backends import cuda, reference
 from megagen.kernels.vsa.index import BlockIndex, map_from_index, transpose_index
 from megagen.kernels.vsa.probe import GatherProbe
 from tests.kernels.cuda.cases import (
@@ -248,3 +250,50 @@ def test_the_scale_must_be_positive(emulated: Emulated, seeded: torch.Generator)
     case = draw(seeded)
     with pytest.raises(ValueError, match="positive"):
         cuda.fine_forward(case.q, case.k, case.v, case.lists, 0.0)
+
+
+@pytest.mark.parametrize(("num_q", "num_k"), [(0, 3), (3, 0), (0, 0)])
+def test_no_blocks_at_all(
+    emulated: Emulated, num_q: int, num_k: int, seeded: torch.Generator
+) -> None:
+    """Nothing attends to anything: zeros, not what the memory held."""
+    case = draw(seeded, num_q=num_q, num_k=num_k, width=0)
+    for backward in (cuda.fine_backward, cuda.fine_backward_fast):
+        for name, value in run(case, backward).items():
+            assert value.shape == getattr(case, name.removeprefix("d"), value).shape
+            assert (value == (-torch.inf if name == "lse" else 0)).all(), name
+
+
+def test_tensors_may_begin_anywhere(emulated: Emulated, seeded: torch.Generator) -> None:
+    case = draw(seeded)
+
+    def moved(x: Tensor) -> Tensor:
+        longer = torch.empty(x.numel() + 1, dtype=x.dtype)
+        return longer[1:].view_as(x).copy_(x)
+
+    names = ("q", "k", "v", "do")
+    shifted = replace(case, **{name: moved(getattr(case, name)) for name in names})
+    assert all(getattr(shifted, name).data_ptr() % 16 for name in names)
+    expected = run(case, cuda.fine_backward)
+    for name, value in run(shifted, cuda.fine_backward).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_the_epilogue_refuses_other_types(emulated: Emulated, seeded: torch.Generator) -> None:
+    case = draw(seeded)
+    num_q = case.lists.q_sizes.numel()
+    gate = torch.randn(1, 64, 2, 64, generator=seeded)
+    coarse = torch.randn(1, 2, num_q, 64, generator=seeded).bfloat16()
+    token_Q = torch.full((64 * num_q,), -1, dtype=torch.int32)
+    given = (case.q, case.k, case.v, case.lists, case.scale)
+    with pytest.raises(ValueError, match=r"gate must be torch.bfloat16 .* torch.float32"):
+        cuda.fine_forward_combined(*given, gate, coarse, token_Q)
+    with pytest.raises(ValueError, match=r"coarse must be torch.float32 .* torch.bfloat16"):
+        cuda.combine_backward(gate, gate, coarse, token_Q)
+    order, places = token_Q.long(), torch.zeros(64, dtype=torch.long)
+    order[:64] = places.copy_(torch.arange(64))
+    given = (gate.bfloat16(), coarse, gate, order, places)
+    found = cuda.untile_combine_backward(*given)
+    expected = reference.untile_combine_backward(*given)
+    for a, b in zip(found, expected, strict=True):
+        assert a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)

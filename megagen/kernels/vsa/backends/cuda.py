@@ -22,6 +22,7 @@ from megagen.kernels.vsa.index import Lists
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128)
 _CAPABILITY = (9, 0)
+_ALIGNMENT = 16
 _SCRATCH_BYTES = 64 << 20
 """Of the transpose's bit maps; sequences are taken in as many turns as that needs."""
 
@@ -51,6 +52,9 @@ def fine_forward(
     Raises:
         ValueError: the scale is not positive.
     """
+    if k_BHKD.numel() == 0:  # no tensor map describes nothing
+        nothing = q_BHQD.new_full(q_BHQD.shape[:-1], -torch.inf, dtype=torch.float32)
+        return torch.zeros_like(q_BHQD), nothing
     out = torch.empty_like(q_BHQD)
     return out, _forward(q_BHQD, k_BHKD, v_BHKD, lists, scale, o=out)
 
@@ -77,7 +81,12 @@ def fine_forward_combined(
 
     Returns:
         The sum ``[B, S, H, D]``; ``o`` like ``q`` or None; natural-log LSE ``[B, H, Q]``.
+
+    Raises:
+        ValueError: gate or coarse is of another type than ``q``; the scale is not positive.
     """
+    _check_types(q_BHQD.dtype, gate=gate_BSHD, coarse=coarse_BHqD)
+    gate_BSHD, coarse_BHqD = _aligned(gate_BSHD), _aligned(coarse_BHqD)
     out = torch.empty_like(gate_BSHD)
     kept = torch.empty_like(q_BHQD) if keep else None
     epilogue = {
@@ -102,7 +111,12 @@ def combine_backward(
     Returns:
         That of ``o``, ``[B, H, Q, D]`` with zeros in empty slots, for ``fine_backward``; of the
         gate; of ``coarse``, summed in a fixed order.
+
+    Raises:
+        ValueError: gate or coarse is of another type than the gradient.
     """
+    _check_types(grad_BSHD.dtype, gate=gate_BSHD, coarse=coarse_BHqD)
+    grad_BSHD, gate_BSHD, coarse_BHqD = map(_aligned, (grad_BSHD, gate_BSHD, coarse_BHqD))
     batch, heads, num_q, dim = coarse_BHqD.shape
     tiled = grad_BSHD.new_empty(batch, heads, token_Q.numel(), dim)
     dgate, dcoarse = torch.empty_like(gate_BSHD), torch.empty_like(coarse_BHqD)
@@ -219,11 +233,11 @@ def untile_combine_backward(
     raster_to_slot_S: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of ``o``, ``oc`` and the gate: of ``fine_forward_combined`` too."""
-    if gate_BSHD is not None:
+    if gate_BSHD is not None and gate_BSHD.dtype == oc_BHnD.dtype == do_BSHD.dtype:
         grad, gate, coarse = (x.contiguous() for x in (do_BSHD, gate_BSHD, oc_BHnD))
         do, dgate, doc = combine_backward(grad, gate, coarse, slot_to_raster_P.int())
         return do, doc, dgate
-    others = (oc_BHnD, None, slot_to_raster_P, raster_to_slot_S)
+    others = (oc_BHnD, gate_BSHD, slot_to_raster_P, raster_to_slot_S)
     found = _elsewhere(do_BSHD, "untile_combine_backward")(do_BSHD, *others)
     return cast("tuple[Tensor, Tensor, Tensor | None]", found)
 
@@ -283,6 +297,7 @@ def _forward(
 ) -> Tensor:
     if scale <= 0:
         raise ValueError(f"the scale must be positive, found {scale}")
+    q, k, v = map(_aligned, (q, k, v))
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     entries, counts = merge_queries(lists)
     args = _module().Forward()
@@ -306,6 +321,9 @@ def _backward(
     *,
     fast: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if q.numel() == 0 or k.numel() == 0:  # nothing attends to anything
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    do, q, k, v, o = map(_aligned, (do, q, k, v, o))
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     stats = q.new_empty(*q.shape[:2], lists.q_sizes.numel(), 128, dtype=torch.float32)
     sums = torch.empty_like(q, dtype=torch.float32) if fast else None
@@ -319,6 +337,18 @@ def _backward(
     _fill(args, q_sizes=lists.q_sizes, k_sizes=lists.kv_sizes, scale=scale, **_sizes(q, lists))
     _run("vsa_backward", args, q)
     return dq, dk, dv
+
+
+def _check_types(dtype: torch.dtype, **tensors: Tensor) -> None:
+    """The kernels read every tensor of numbers as one type."""
+    for name, x in tensors.items():
+        if x.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype} as what it is combined with, found {x.dtype}")
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """The tensor, copied where it does not begin where bulk copies and 16-byte loads can."""
+    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
 
 
 def _sizes(q: Tensor, lists: Lists) -> dict[str, int]:
