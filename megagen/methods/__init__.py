@@ -1,6 +1,8 @@
 """Training methods: pure algorithms over roles, one file each. They know no parallel layout."""
 
 METHODS: dict[str, str] = {
+    "consistency": "megagen.methods.consistency:ConsistencyMethod",
+    "consistency_causal": "megagen.methods.consistency_causal:ConsistencyCausalMethod",
     "diffusion_forcing": "megagen.methods.diffusion_forcing:DiffusionForcingSFTMethod",
     "dmd2": "megagen.methods.dmd2:DMD2Method",
     "finetune": "megagen.methods.finetune:FineTuneMethod",

@@ -20,14 +20,18 @@ from tests.trainer.synthetic import LATENT_SHAPE, config_tree, write_config, wri
 from tests.trainer.test_runs import read_metrics
 
 STEPS = {"dmd_denoising_steps": [1000, 500]}
-DISTILLED: dict[str, dict[str, Any]] = {"teacher": {"trainable": False}, "critic": {}}
 KD = {**STEPS, "snap": True, "teacher_inference_steps": 4}
+FROZEN: dict[str, dict[str, Any]] = {"teacher": {"trainable": False}}
+DISTILLED: dict[str, dict[str, Any]] = {**FROZEN, "critic": {}}
+CONSISTENCY = {"teacher_guidance_scale": 2.0, "cfg_uncond": {"text": "zero"}}
 OF_METHOD: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "consistency": (CONSISTENCY, FROZEN),
+    "consistency_causal": (CONSISTENCY, FROZEN),
     "diffusion_forcing": ({}, {}),
     "dmd2": ({**STEPS, "rollout_mode": "simulate"}, DISTILLED),
     "finetune": ({}, {}),
-    "kd": (KD, {"teacher": {"trainable": False}}),
-    "kd_causal": (KD, {"teacher": {"trainable": False}}),
+    "kd": (KD, FROZEN),
+    "kd_causal": (KD, FROZEN),
     "self_forcing": (STEPS, DISTILLED),
     "teacher_forcing": ({}, {}),
 }
@@ -36,7 +40,10 @@ OF_FAMILY: dict[str, dict[str, Any]] = {"wan": {}, "wan_causal": {"num_frames_pe
 """Options of a tiny student."""
 SCORES = {"wan_causal": "wan"}
 """Family of the other roles, where it is not the student's: they see whole videos."""
+SAME = {"consistency_causal"}
+"""Methods whose other roles are of the student's family in any case."""
 IMPOSSIBLE = {
+    ("consistency_causal", "wan"): "sees all frames at once",
     ("self_forcing", "wan"): "sees all frames at once",
     ("teacher_forcing", "wan"): "sees all frames at once",
 }
@@ -61,6 +68,7 @@ def test_a_step(method: str, family: str, data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "family"),
     [
+        ("consistency_causal", "wan_causal"),
         ("dmd2", "wan"),
         ("kd_causal", "wan_causal"),
         ("self_forcing", "wan_causal"),
@@ -78,7 +86,8 @@ def take_a_step(method: str, family: str, data: Path, tmp_path: Path, **student:
     tiny = tree["models"]["student"]
     tree["models"]["student"] = {**tiny, "_target_": family, **OF_FAMILY[family], **student}
     for name, keys in others.items():
-        tree["models"][name] = {**tiny, "_target_": SCORES.get(family, family), **keys}
+        other = family if method in SAME else SCORES.get(family, family)
+        tree["models"][name] = {**tiny, "_target_": other, **OF_FAMILY[other], **keys}
     tree["method"] = {"_target_": method, **options}
     if method.startswith("kd"):
         tree["method"]["teacher_path_cache"] = str(tmp_path / "paths")
