@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megagen import kernels
+from tests.kernels.cuda.sass import Kernel
 
 ROOT = Path(__file__).parents[3]
 MATRIX = ("forward_kernel", "query_grad_kernel", "key_grad_kernel")
@@ -24,6 +25,7 @@ VARIANTS = {
 MAX_SHARED = 232_448
 LAUNCH_REGISTERS = 168
 """A thread's at launch, as csrc/cuda/tiles.cuh counts on."""
+PRODUCER_REGISTERS = 24
 
 
 def extension() -> Path:
@@ -115,6 +117,23 @@ def test_products_stay_under_way_where_the_source_says(
         if is_fast:
             expected[0] += 4 * dim // 64
         assert pending == expected, (dim, is_fast)
+
+
+@pytest.mark.parametrize("kernel", MATRIX)
+def test_registers_of_products_under_way_are_left_alone(
+    code: dict[str, list[str]], kernel: str
+) -> None:
+    for _, dim, is_fast, lines in variants(code, kernel):
+        found = Kernel(lines)
+        assert sum(one.product is not None for one in found.code) == products(kernel, dim, is_fast)
+        assert found.conflicts() == [], (dim, is_fast)
+        assert found.unfenced() == [], (dim, is_fast)
+        # what the producer gave away is not its own any more
+        assert 0 < found.registers_after("USETMAXREG.DEALLOC") <= PRODUCER_REGISTERS
+        without_waits = [line for line in lines if "DEPBAR.LE gsb0" not in line]
+        assert Kernel(without_waits).conflicts(), "a missing wait would go unseen"
+        without_fences = [line for line in lines if "WARPGROUP.ARRIVE" not in line]
+        assert Kernel(without_fences).unfenced(), "a missing fence would go unseen"
 
 
 def test_every_kernel_of_the_source_is_in_it(code: dict[str, list[str]]) -> None:
