@@ -2,10 +2,11 @@
 // delta = rowsum(o g) - dL/dlse, for each listed pair of a query and a key block
 //   P = e^(scale Q K^T - lse), dS = scale P (g V^T - delta),
 //   dV += P^T g, dK += dS^T Q, dQ += dS K.
-// Two passes take turns. The first has a unit for each key block: it walks the queries that list it, adds
+// Where there are heads enough for the threads, each takes whole ones, key block by key block, and adds to
+// dK, dV and dQ at once. Elsewhere two passes take turns. The first has a unit for each key block: it walks the queries that list it, adds
 // up dK and dV, and keeps the maps dS. The second has a unit for each query block: it walks the kept maps
-// in the order of keys and adds up dQ. A turn is as many key blocks as kMapsPerThread maps hold; where a
-// turn ends changes no order of summation.
+// in the order of keys and adds up dQ. A turn is as many key blocks as kMapsPerThread maps hold. Neither
+// the way nor where a turn ends changes an order of summation.
 #include "parallel.h"
 #include "vsa_softmax.h"
 #include "vsa_tokens.h"
@@ -16,6 +17,7 @@ constexpr Index kMapsPerThread = 256, kUnitsPerThread = 8;
 
 struct Shape {
   Index each, turned;          // floats of a block in panels, and of a turned one
+  bool by_head;                // a thread takes whole heads
   Index group;                 // heads taken together
   Index maps;                  // that fit in memory at once
   Index query, key;            // floats kept for a query block: q, g, dq, lse, delta; for a key block: k
@@ -23,14 +25,16 @@ struct Shape {
 
   Shape(const Fine& op, int threads) {
     each = panels_size(op.dim), turned = turned_size(op.dim);
-    group = smaller(op.batch * op.heads, ceil_div(32 * threads, op.num_k > 0 ? op.num_k : 1));
+    const Index heads = op.batch * op.heads;
+    by_head = heads % threads == 0 || heads >= kUnitsPerThread * threads;
+    group = by_head ? threads : smaller(heads, ceil_div(32 * threads, op.num_k > 0 ? op.num_k : 1));
     // at least one key block's queries, and enough units for the threads to share evenly
     maps = kMapsPerThread * threads;
     if (maps < kUnitsPerThread * threads * op.num_q) maps = kUnitsPerThread * threads * op.num_q;
     const Index pairs = group * op.num_q * op.lists.width;
-    maps = smaller(maps, pairs > op.num_q ? pairs : op.num_q);
-    query = 3 * each + 2 * kBlock, key = each;
-    worker = 2 * turned + 3 * each + kMapSize;
+    maps = by_head ? 0 : smaller(maps, pairs > op.num_q ? pairs : op.num_q);
+    query = 3 * each + 2 * kBlock, key = by_head ? 0 : each;
+    worker = 2 * turned + 4 * each + 2 * kMapSize;
   }
   Index queries(const Fine& op) const { return group * op.num_q * query; }
   Index keys(const Fine& op) const { return group * op.num_k * key; }
@@ -100,28 +104,37 @@ static void differentiate(float* p, float* ds, Index rows, Index columns, float 
     }
 }
 
+// The gradients of a key block; by head, its part of dQ too.
 static void key_pass(const Group& group, const Turn& turn, Index unit, float* memory) {
   const Fine& op = group.op;
   const Shape& shape = group.shape;
   const Index local = unit / op.num_k, block = unit % op.num_k;
   const Index head = group.head_of(local), b = head / op.heads, h = head % op.heads, slot = block * kBlock;
   float *keys = memory, *values = keys + shape.turned, *dk = values + shape.turned, *dv = dk + shape.each;
-  float *read_to = dv + shape.each, *p = read_to + shape.each;
+  float *read_to = dv + shape.each, *own_k = read_to + shape.each, *p = own_k + shape.each;
   const Index columns = op.lists.kv_sizes[block];
-  turn_panels(group.k(local, block), columns, op.dim, keys);
+  if (shape.by_head) read_panels(op.k, b, h, slot, columns, op.dim, own_k);
+  const float* k = shape.by_head ? own_k : group.k(local, block);
+  turn_panels(k, columns, op.dim, keys);
   read_panels(op.v, b, h, slot, columns, op.dim, read_to);
   turn_panels(read_to, columns, op.dim, values);
   for (Index i = 0; i < shape.each; ++i) dk[i] = dv[i] = 0;
   const int32_t *indptr = group.indptr(local), *listing = group.rows(local);
-  float* ds = group.maps + (pairs_before(group, unit) - turn.first_pair) * kMapSize;
-  for (Index place = indptr[block]; place < indptr[block + 1]; ++place, ds += kMapSize) {
+  float* ds = shape.by_head ? p + kMapSize : group.maps + (pairs_before(group, unit) - turn.first_pair) * kMapSize;
+  for (Index place = indptr[block]; place < indptr[block + 1]; ++place) {
     const Index query = listing[place], rows = op.lists.q_sizes[query];
     const float *q = group.q(local, query), *g = group.g(local, query);
-    multiply<Panels, ToMap, Update::kSet>(rows, columns, op.dim, q, keys, op.dim, p);
-    multiply<Panels, ToMap, Update::kSet>(rows, columns, op.dim, g, values, op.dim, ds);
+    Ahead ahead;
+    if (place + 1 < indptr[block + 1]) ahead = {group.q(local, listing[place + 1]), (shape.by_head ? 3 : 2) * shape.each};
+    multiply<Panels, ToMap, Update::kSet>(rows, columns, op.dim, q, keys, op.dim, p, ahead);
+    multiply<Panels, ToMap, Update::kSet>(rows, columns, op.dim, g, values, op.dim, ds, ahead);
     differentiate(p, ds, rows, columns, op.scale, group.lse(local, query), group.delta(local, query));
-    multiply<MapTransposed, ToPanels, Update::kAdd>(columns, op.dim, rows, p, g, kBlock, dv);
-    multiply<MapTransposed, ToPanels, Update::kAdd>(columns, op.dim, rows, ds, q, kBlock, dk);
+    multiply<MapTransposed, ToPanels, Update::kAdd>(columns, op.dim, rows, p, g, kBlock, dv, ahead);
+    multiply<MapTransposed, ToPanels, Update::kAdd>(columns, op.dim, rows, ds, q, kBlock, dk, ahead);
+    if (shape.by_head)
+      multiply<Map, ToPanels, Update::kAdd>(rows, op.dim, columns, ds, k, kBlock, group.dq(local, query), ahead);
+    else
+      ds += kMapSize;
   }
   const float* share = read_share(op.dkm, b, h, block, columns, op.dim, read_to);
   write_panels(op.dk, b, h, slot, columns, kBlock, op.dim, dk, nullptr, share);
@@ -152,9 +165,10 @@ static void query_pass(const Group& group, const Turn& turn, Index unit) {
     const Index key = listed[place];
     if (first + key < turn.begin) continue;
     if (first + key >= turn.end) break;
+    Ahead ahead;
     const Index map = base + place_of(listing, indptr[key], indptr[key + 1], block);
     multiply<Map, ToPanels, Update::kAdd>(rows, op.dim, op.lists.kv_sizes[key], group.maps + map * kMapSize,
-                                          group.k(local, key), kBlock, group.dq(local, block));
+                                          group.k(local, key), kBlock, group.dq(local, block), ahead);
   }
 }
 
@@ -171,8 +185,25 @@ static Turn next_turn(const Group& group, Index begin, Index units) {
   return turn;
 }
 
-void fine_backward(const Fine& op, int threads) {
-  const Shape shape(op, threads);
+static void write_query(const Group& group, Index local, Index block, float* memory) {
+  const Fine& op = group.op;
+  const Index head = group.head_of(local), b = head / op.heads, h = head % op.heads, rows = op.lists.q_sizes[block];
+  const float* share = read_share(op.dqm, b, h, block, rows, op.dim, memory);
+  write_panels(op.dq, b, h, block * kBlock, rows, kBlock, op.dim, group.dq(local, block), nullptr, share);
+}
+
+static void backward_by_head(const Fine& op, const Shape& shape, int threads) {
+  const Index queries = op.num_q * shape.query;
+  parallel_workers(op.batch * op.heads, threads, [&](Index head, int worker) {
+    float *packed = op.workspace + worker * (queries + shape.worker), *memory = packed + queries;
+    const Group group{op, shape, head, packed, nullptr, nullptr};
+    for (Index block = 0; block < op.num_q; ++block) pack_query(group, 0, block, memory);
+    for (Index block = 0; block < op.num_k; ++block) key_pass(group, {0, op.num_k, 0}, block, memory);
+    for (Index block = 0; block < op.num_q; ++block) write_query(group, 0, block, memory);
+  });
+}
+
+static void backward_in_turns(const Fine& op, const Shape& shape, int threads) {
   float *queries = op.workspace, *keys = queries + shape.queries(op), *maps = keys + shape.keys(op);
   float* memory = maps + shape.maps * kMapSize;
   const Index heads = op.batch * op.heads;
@@ -196,11 +227,14 @@ void fine_backward(const Fine& op, int threads) {
       parallel_workers(end - begin, threads, [&](Index unit, int) { query_pass(group, turn, begin + unit); });
     }
     parallel_workers(count * op.num_q, threads, [&](Index unit, int worker) {
-      const Index local = unit / op.num_q, block = unit % op.num_q, head = group.head_of(local);
-      const Index b = head / op.heads, h = head % op.heads, rows = op.lists.q_sizes[block];
-      const float* share = read_share(op.dqm, b, h, block, rows, op.dim, memory + worker * shape.worker);
-      write_panels(op.dq, b, h, block * kBlock, rows, kBlock, op.dim, group.dq(local, block), nullptr, share);
+      write_query(group, unit / op.num_q, unit % op.num_q, memory + worker * shape.worker);
     });
   }
+}
+
+void fine_backward(const Fine& op, int threads) {
+  const Shape shape(op, threads);
+  if (shape.by_head) return backward_by_head(op, shape, threads);
+  backward_in_turns(op, shape, threads);
 }
 }  // namespace megagen::MEGAGEN_ISA

@@ -54,16 +54,17 @@ static void attend_all(const Coarse& op, const Parts& parts, Index head, Index u
   float *query = memory, *out = query + parts.values, *maps = out + parts.values;
   float* line = maps + parts.maps * kMapSize;
   float factor[kBlock];
+  Ahead ahead;
   read_panels(op.q, b, h, first, rows, op.dim, query);
   for (Index m = 0; m < parts.maps; ++m)
     multiply<Panels, ToMap, Update::kSet>(rows, smaller(kBlock, op.num_k - m * kBlock), op.dim, query,
-                                          packed + m * (parts.keys + parts.values), op.dim, maps + m * kMapSize);
+                                          packed + m * (parts.keys + parts.values), op.dim, maps + m * kMapSize, ahead);
   for (Index i = 0; i < rows; ++i)
     factor[i] = finish_row(op, parts, maps + i * kBlock, line, head * op.num_q + first + i);
   for (Index i = 0; i < parts.values; ++i) out[i] = 0;
   for (Index m = 0; m < parts.maps; ++m)
     multiply<Map, ToPanels, Update::kAdd>(rows, op.dim, smaller(kBlock, op.num_k - m * kBlock), maps + m * kMapSize,
-                                          packed + m * (parts.keys + parts.values) + parts.keys, kBlock, out);
+                                          packed + m * (parts.keys + parts.values) + parts.keys, kBlock, out, ahead);
   write_panels(op.o, b, h, first, rows, rows, op.dim, out, factor);
 }
 

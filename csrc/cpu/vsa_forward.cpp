@@ -82,17 +82,27 @@ static void attend(const Fine& op, const Sizes& sizes, Index head, Index block, 
   else if (rows > 0)
     read_panels(op.q, b, h, slot, rows, op.dim, memory);
   bool any = false;
-  for (Index place = 0; place < op.lists.num[row_of_lists]; ++place) {
+  const auto keys_of = [&](Index key) { return packed + key * (sizes.keys + sizes.values); };
+  const auto values_of = [&](Index key) {
+    return op.v_panels ? op.v_panels + (head * op.num_k + key) * sizes.query : keys_of(key) + sizes.keys;
+  };
+  const Index count = rows > 0 ? op.lists.num[row_of_lists] : 0;
+  for (Index place = 0; place < count; ++place) {
     const Index key = listed[place], columns = op.lists.kv_sizes[key];
-    if (columns == 0 || rows == 0) continue;
-    const float* keys = packed + key * (sizes.keys + sizes.values);
-    const float* values = op.v_panels ? op.v_panels + (head * op.num_k + key) * sizes.query : keys + sizes.keys;
-    multiply<Panels, ToMap, Update::kSet>(rows, columns, op.dim, query, keys, op.dim, map);
+    if (columns == 0) continue;
+    Ahead next_keys, next_values;
+    if (place + 1 < count) {
+      next_keys = {keys_of(listed[place + 1]), sizes.keys};
+      next_values = {values_of(listed[place + 1]), sizes.query};
+    }
+    multiply<Panels, ToMap, Update::kSet>(rows, columns, op.dim, query, keys_of(key), op.dim, map, next_keys);
     soften(map, rows, columns, scale, state);
+    const float* values = values_of(key);
     if (any)
-      multiply<Map, ToPanels, Update::kScaleAndAdd>(rows, op.dim, columns, map, values, kBlock, out, state.factor);
+      multiply<Map, ToPanels, Update::kScaleAndAdd>(rows, op.dim, columns, map, values, kBlock, out, next_values,
+                                                    state.factor);
     else
-      multiply<Map, ToPanels, Update::kSet>(rows, op.dim, columns, map, values, kBlock, out);
+      multiply<Map, ToPanels, Update::kSet>(rows, op.dim, columns, map, values, kBlock, out, next_values);
     any = true;
   }
   float* lse = op.lse + row_of_lists * kBlock;

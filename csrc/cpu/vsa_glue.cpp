@@ -9,10 +9,12 @@ namespace megagen::MEGAGEN_ISA {
 namespace {
 constexpr Index kPart = 128;  // numbers of a token at a time
 constexpr Index kParts = 16;  // of a token that are taken together
+constexpr Index kAhead = 8;   // parts between the one that is read and the one that is fetched
 
-// Numbers [d, d + n) of a block's tokens in one head, n at most kPart, and what is kept for them.
+// Numbers [d, d + n) of a block's tokens in one head, n at most kPart, and what is kept for them; `ahead`
+// tokens further on are fetched.
 struct Column {
-  Index b, h, block, d, n;
+  Index b, h, block, d, n, ahead;
   float *kept, *sum;
 };
 }  // namespace
@@ -42,7 +44,8 @@ static inline void for_each_block(const Glue& op, int threads, Begin begin, Row 
     for (Index c = 0; c < count; ++c) {
       const Index part = first + c, d = part % each * kPart;
       float* kept = memory + 2 * c * kPart;
-      columns[c] = {b, part / each, block, d, smaller(kPart, op.dim - d), kept, kept + kPart};
+      columns[c] = {b, part / each, block, d, smaller(kPart, op.dim - d),
+                    ceil_div(kAhead, count), kept, kept + kPart};
     }
     for_each_column(begin);
     for (Index i = 0; i < kBlock; ++i)
@@ -55,6 +58,14 @@ MEGAGEN_INLINE Index place(const Tokens& x, const Column& c, Index i) {
   return element_of(x, c.b, c.h, c.block * kBlock + i) + c.d;
 }
 MEGAGEN_INLINE Index place(const Tokens& x, const Column& c) { return element_of(x, c.b, c.h, c.block) + c.d; }
+
+// A later token of the column into the cache: those of a few heads lie too far apart for the processor to
+// foresee.
+MEGAGEN_INLINE void fetch(const Glue& op, const Tokens& x, const Column& c, Index i, Index n) {
+  const Index slot = c.block * kBlock + i + c.ahead;
+  const Index element = slot < op.num_blocks * kBlock ? element_of(x, c.b, c.h, slot) : -1;
+  if (element >= 0) fetch(x, element + c.d, n);
+}
 
 // A token's numbers, 0 after them, into the panels of its block.
 MEGAGEN_INLINE void write_line(const Glue& op, const Column& c, Index i, Index n, const float* x) {
@@ -73,6 +84,7 @@ void block_mean(const Glue& op, int threads) {
       [&](const Column& c, Index n, Index i) MEGAGEN_LAMBDA {
         float x[kPart] = {};
         if (i < op.sizes[c.block]) {
+          fetch(op, op.x, c, i, n);
           read(op.x, place(op.x, c, i), n, x);
           for (Index e = 0; e < n; ++e) c.sum[e] += x[e];
           if (op.panels) write_line(op, c, i, n, x);
@@ -114,6 +126,7 @@ void combine(const Glue& op, int threads) {
         if (i >= op.sizes[c.block]) return;
         float gate[kPart], out[kPart];
         for (Index e = 0; e < n; ++e) gate[e] = 1;
+        if (op.gate.data) fetch(op, op.gate, c, i, n);
         read(op.slots, place(op.slots, c, i), n, out);
         if (op.gate.data) read(op.gate, place(op.gate, c, i), n, gate);
         for (Index e = 0; e < n; ++e) out[e] += gate[e] * c.kept[e];
@@ -134,8 +147,10 @@ void combine_backward(const Glue& op, int threads) {
         float gate[kPart], dgate[kPart], x[kPart] = {};
         if (i < op.sizes[c.block]) {
           for (Index e = 0; e < n; ++e) gate[e] = 1;
+          fetch(op, op.x, c, i, n);
           read(op.x, place(op.x, c, i), n, x);
           if (op.gate.data) {
+            fetch(op, op.gate, c, i, n);
             read(op.gate, place(op.gate, c, i), n, gate);
             for (Index e = 0; e < n; ++e) dgate[e] = x[e] * c.kept[e];
             write(op.dgate, place(op.dgate, c, i), n, dgate);

@@ -3,6 +3,8 @@
 #include "vsa_gemm.h"
 
 namespace megagen::MEGAGEN_ISA {
+constexpr Index kAheadRows = 8;
+
 // Element of the first number of a slot, -1 where the slot has no token.
 MEGAGEN_INLINE Index element_of(const Tokens& x, Index b, Index h, Index slot) {
   const Index token = x.token_of_slot ? x.token_of_slot[slot] : slot;
@@ -19,6 +21,13 @@ MEGAGEN_INLINE void read(const Tokens& x, Index element, Index n, float* out) {
     const uint32_t bits = static_cast<uint32_t>(in[i]) << 16;
     std::memcpy(out + i, &bits, sizeof bits);
   }
+}
+
+// Into the cache.
+MEGAGEN_INLINE void fetch(const Tokens& x, Index element, Index n) {
+  const Index size = x.bf16 ? sizeof(uint16_t) : sizeof(float);
+  const char* at = static_cast<const char*>(x.data) + element * size;
+  for (Index byte = 0; byte < n * size; byte += 64) __builtin_prefetch(at + byte, 0, 2);
 }
 
 // Nearest bf16, ties to even; a NaN stays one.
@@ -56,10 +65,11 @@ MEGAGEN_INLINE void write_part(const Tokens& x, Index element, Index n, const fl
     write(x, element, n, in);
 }
 
-// The first `rows` slots from `slot` on; what the last panel has beyond dim is 0.
+// The first `rows` slots from `slot` on (none of them without a token), fetched a few ahead; what the last panel has beyond dim is 0.
 static inline void read_panels(const Tokens& x, Index b, Index h, Index slot, Index rows, Index dim, float* panels) {
   for (Index i = 0; i < rows; ++i) {
     const Index element = element_of(x, b, h, slot + i);
+    if (i + kAheadRows < rows) fetch(x, element_of(x, b, h, slot + i + kAheadRows), dim);
     float* line = panels + i * kPanel;
     for (Index d = 0; d < dim; d += kPanel, line += kPanelSize) {
       const Index n = smaller(kPanel, dim - d);

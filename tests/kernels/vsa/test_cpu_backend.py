@@ -219,40 +219,41 @@ def test_a_nan_stays_one(isa: str, seeded: torch.Generator) -> None:
     assert not out[1].isnan().any()
 
 
+def on_threads(threads: int, case: Case) -> dict[str, Tensor]:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        return run(case)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("heads", [1, 5])
 def test_same_bits_on_any_number_of_threads(heads: int, seeded: torch.Generator) -> None:
     case = make(seeded, dim=64, heads=heads, kv_sizes=RAGGED.repeat(3), q_sizes=RAGGED.repeat(2))
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(run(case))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        for name, wanted in results[0].items():
+    expected = on_threads(1, case)
+    for other in (on_threads(2, case), on_threads(3, case)):
+        for name, wanted in expected.items():
             assert torch.equal(other[name], wanted), name
 
 
-def test_turns_of_the_backward_change_nothing(seeded: torch.Generator) -> None:
-    """More pairs than are kept at once: turns end elsewhere when a head is alone, the bits stay."""
+def test_the_way_of_the_backward_changes_nothing(seeded: torch.Generator) -> None:
+    """Whole heads on one thread; on two, more pairs than are kept at once, and turns that end
+    elsewhere when a head is alone: the same bits."""
     sizes = torch.full((24,), 4, dtype=torch.int32)
     case = make(seeded, dim=8, q_sizes=sizes, kv_sizes=sizes, width=24, batch=1, heads=3)
-    together = run(case)
-    for head in range(3):
-        part = slice(head, head + 1)
-        lists = replace(
-            case.lists,
-            idx_BHqM=case.lists.idx_BHqM[:, part].contiguous(),
-            num_BHq=case.lists.num_BHq[:, part].contiguous(),
-        )
-        names = ("q", "k", "v", "do", "dlse")
-        one = replace(
-            case, lists=lists, **{n: getattr(case, n)[:, part].contiguous() for n in names}
-        )
-        for name, wanted in run(one).items():
-            assert torch.equal(together[name][:, part], wanted), name
+    together, alone = on_threads(2, case), [on_threads(2, of_head(case, h)) for h in range(3)]
+    for name, wanted in on_threads(1, case).items():
+        assert torch.equal(together[name], wanted), name
+        assert torch.equal(torch.cat([one[name] for one in alone], 1), wanted), name
+
+
+def of_head(case: Case, head: int) -> Case:
+    part = slice(head, head + 1)
+    idx, num = (x[:, part].contiguous() for x in (case.lists.idx_BHqM, case.lists.num_BHq))
+    lists = replace(case.lists, idx_BHqM=idx, num_BHq=num)
+    names = ("q", "k", "v", "do", "dlse")
+    return replace(case, lists=lists, **{n: getattr(case, n)[:, part].contiguous() for n in names})
 
 
 def test_what_is_served() -> None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from megagen.kernels import VSALayout, status, vsa_attention
+from megagen.kernels.backend import cpu as extension
 from megagen.kernels.vsa import VSAAux, dispatch, raster
+from megagen.kernels.vsa.backends import cpu
 from tests.kernels.vsa.backends import error
 
 pytestmark = pytest.mark.skipif(
@@ -99,6 +101,30 @@ def test_same_bits_on_any_number_of_threads(seeded: torch.Generator) -> None:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_at_a_time_change_nothing(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, seeded: torch.Generator
+) -> None:
+    """All three heads, two and one, one by one; with what a backward needs and without."""
+    given = [x.to(dtype) for x in drawn(seeded, LAYOUT)]
+    do = torch.randn(given[0].shape, generator=seeded).to(dtype)
+    blocks = LAYOUT.tables().blocks
+    assert cpu._heads_at_once(2, 3, 24, blocks, blocks) == 3
+    wanted, aux = run(given, do, layout=LAYOUT, topk=3)
+    one_head = 4 * 2 * 3 * LAYOUT.num_blocks * extension().block_panels(24)
+    for memory, heads in ((2 * one_head, 2), (1, 1)):
+        monkeypatch.setattr(cpu, "_PANELS", memory)
+        assert cpu._heads_at_once(2, 3, 24, blocks, blocks) == heads
+        found, other = run(given, do, layout=LAYOUT, topk=3)
+        assert all(map(torch.equal, found, wanted))
+        assert torch.equal(other.index.idx_BHqM, aux.index.idx_BHqM)
+        assert aux.lse is not None and other.lse is not None
+        assert torch.equal(other.lse, aux.lse) and torch.equal(other.o_coarse, aux.o_coarse)
+        with torch.no_grad():
+            out = vsa_attention(*given, layout=LAYOUT, topk=3, backend="cpu")
+        assert isinstance(out, Tensor) and torch.equal(out, wanted[0])
 
 
 def test_nothing_is_kept_where_no_gradient_is_wanted(seeded: torch.Generator) -> None:
