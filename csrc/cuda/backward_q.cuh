@@ -47,6 +47,7 @@ struct QueryGradRows {
     load_operand<D>(q, rows, thread);
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) dq[i] = 0.f;
+    clear(w);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       base[r] = stats ? stats[fragment_row(thread, 2 * r)] : kNever;

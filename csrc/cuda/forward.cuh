@@ -62,6 +62,7 @@ struct ForwardRows {
     for (int i = 0; i < D / 2; ++i) o[i] = 0.f;
     top[0] = top[1] = -kInfinity;
     sum[0] = sum[1] = 0.f;
+    clear(p);
   }
 
   // Scores to weights exp2(unit (s - top)); alpha is what the rows before must be multiplied by.

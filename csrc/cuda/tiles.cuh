@@ -99,6 +99,16 @@ HW_DEVICE void pack(uint32_t (&p)[N / 16][4], const float (&s)[N / 2]) {
     for (int r = 0; r < 4; ++r) p[k][r] = hw::pack<T>(s[8 * k + 2 * r], s[8 * k + 2 * r + 1]);
 }
 
+// Nothing is held at first, which the compiler cannot know: an operand that some path leaves undefined
+// makes CUDA 12's assembler run products one after the other.
+template <int kSteps>
+HW_DEVICE void clear(uint32_t (&a)[kSteps][4]) {
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+    for (int r = 0; r < 4; ++r) a[k][r] = 0;
+}
+
 // A block's rows from memory (D numbers each) as an A operand; zeros where there is no block.
 template <int D>
 HW_DEVICE void load_operand(uint32_t (&a)[D / 16][4], const uint16_t* rows, int thread) {
