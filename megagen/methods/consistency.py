@@ -49,8 +49,7 @@ class ConsistencyOptions(StrictOptions):
         solver: of the teacher's step: euler, or heun (two evaluations; euler where it ends at 0).
         teacher_guidance_scale: 1 makes no unconditional pass.
         cfg_uncond: what unconditional passes see.
-        target: whose end of the path is learned: the ema of ``callbacks.ema``, or the student as it
-            is.
+        target_weights: of f': the ema of ``callbacks.ema``, or the student's as they are.
         distance: d over the D elements of a chunk: l2, ||x - y||^2 / D, or pseudo_huber,
             sqrt(||x - y||^2 / D + c^2) - c (Song and Dhariwal, section 3.3, divided by sqrt(D)).
         huber_c: c of pseudo_huber, > 0.
@@ -65,7 +64,7 @@ class ConsistencyOptions(StrictOptions):
     solver: Literal["euler", "heun"] = "euler"
     teacher_guidance_scale: float = Field(1.0, ge=0)
     cfg_uncond: UncondOptions = UncondOptions()
-    target: Literal["ema", "student"] = "ema"
+    target_weights: Literal["ema", "student"] = "ema"
     distance: Literal["l2", "pseudo_huber"] = "l2"
     huber_c: float = Field(0.00054, gt=0)
     loss_weighting: Literal["none", "inverse_step"] = "none"
@@ -115,11 +114,11 @@ class ConsistencyMethod(TrainingMethod):
         facts: RunFacts | None = None,
     ) -> None:
         super().__init__(roles, options, streams, facts)
-        if options.target == "ema" and self.student.ema is None:
+        if options.target_weights == "ema" and self.student.ema is None:
             raise ConfigError(
                 "is ema, but the student has no moving average.",
                 remedy="Add callbacks.ema, or set this to student.",
-                where="method.target",
+                where="method.target_weights",
             )
         self.unconditional = Unconditional(
             options.cfg_uncond,
@@ -210,7 +209,7 @@ class ConsistencyMethod(TrainingMethod):
 
     def targets(self, below: Sequence[Request]) -> list[Tensor]:
         """f'(x', s_n), without gradient."""
-        if self.options.target == "student":
+        if self.options.target_weights == "student":
             return predict_x0(self.student, below)
         assert self.student.ema is not None
         with self.student.ema.swapped():

@@ -49,7 +49,7 @@ def make_method(
 ) -> Any:
     """In a rank: the method over a student and a teacher, both causal where there is a rule."""
     plugins = [causal.make_plugin(rule) if rule else cases.make_plugin() for _ in range(2)]
-    has_ema = options.get("target", "ema") == "ema"
+    has_ema = options.get("target_weights", "ema") == "ema"
     own = {
         "student": {
             "optimizer": dmd2.ADAMW,
@@ -129,7 +129,7 @@ class Reference:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The student has its average's weights."""
-        if self.o.get("target", "ema") == "student":
+        if self.o.get("target_weights", "ema") == "student":
             yield
             return
         own = self.student.weights()

@@ -34,7 +34,7 @@ VARIANTS: dict[str, tuple[Rule | None, dict[str, Any]]] = {
         {
             **GUIDED,
             "teacher_guidance_scale": 1.0,
-            "target": "student",
+            "target_weights": "student",
             "distance": "pseudo_huber",
             "huber_c": 0.3,
             "loss_weighting": "inverse_step",
@@ -63,7 +63,7 @@ VARIANTS: dict[str, tuple[Rule | None, dict[str, Any]]] = {
         Rule(3),
         {
             **GUIDED,
-            "target": "student",
+            "target_weights": "student",
             "same_step_across_blocks": True,
             "student_step_per": "step",
         },

@@ -77,8 +77,13 @@ def run(
 
 
 @pytest.fixture(scope="module")
-def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    return run(data, tmp_path_factory.mktemp("whole") / "run", TWO_LAYOUTS)
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("first") / "run"
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, first: Path) -> list[float]:
+    return run(data, first, TWO_LAYOUTS)
 
 
 def test_two_layouts_and_one(data: Path, tmp_path: Path, whole: list[float]) -> None:
@@ -89,7 +94,7 @@ def test_two_layouts_and_one(data: Path, tmp_path: Path, whole: list[float]) -> 
 
 def test_the_target_moves_with_the_average(data: Path, tmp_path: Path, whole: list[float]) -> None:
     """Up to its start it is the student; then it lags behind."""
-    found = run(data, tmp_path / "run", TWO_LAYOUTS, method__target="student")
+    found = run(data, tmp_path / "run", TWO_LAYOUTS, method__target_weights="student")
     same = 2 * len(METRICS)
     assert found[:same] == whole[:same]
     assert found[same] != pytest.approx(whole[same], rel=1e-4)
@@ -110,6 +115,20 @@ def test_killed_and_resumed(data: Path, tmp_path: Path, whole: list[float]) -> N
     os.killpg(child.pid, signal.SIGKILL)
     child.join()
     assert run(data, output, TWO_LAYOUTS) == whole
+
+
+def test_adapters_on_the_teachers_base(
+    data: Path, tmp_path: Path, first: Path, whole: list[float]
+) -> None:
+    """Their average takes their place, and the teacher between two updates sees none of them."""
+    assert whole
+    base = {f"models__{role}__init_from": str(first) for role in ("student", "teacher")}
+    apart = run(data, tmp_path / "apart", ONE_LAYOUT, **base, models__student__lora={"rank": 2})
+    shared = {
+        "models__student__lora": {"rank": 2, "share_base": True},
+        "models__teacher__lora": {"share_base": True},
+    }
+    assert run(data, tmp_path / "shared", ONE_LAYOUT, **base, **shared) == apart
 
 
 def test_a_bidirectional_student_in_bf16(data: Path, tmp_path: Path) -> None:
