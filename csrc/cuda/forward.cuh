@@ -94,11 +94,14 @@ struct ForwardRows {
       sum[r] = fmaf(sum[r], alpha[r], total);
     }
   }
+  // Whether a maximum has moved. Sums are never below 0, but who asks must have made the weights: in
+  // straight code the assembler moves a wait for the products up to before them, and nothing overlaps.
+  HW_DEVICE bool moved(const float (&alpha)[2]) {
+    return hw::any(alpha[0] != 1.f || alpha[1] != 1.f || sum[0] < 0.f || sum[1] < 0.f);
+  }
   HW_DEVICE void rescale(const float (&alpha)[2]) {
-    if (hw::any(alpha[0] != 1.f || alpha[1] != 1.f)) {
 #pragma unroll
-      for (int i = 0; i < D / 2; ++i) o[i] *= alpha[i / 2 % 2];
-    }
+    for (int i = 0; i < D / 2; ++i) o[i] *= alpha[i / 2 % 2];
   }
 
   // --- what walk() calls
@@ -110,7 +113,7 @@ struct ForwardRows {
     hw::mma_wait<0>();
     hw::settle(s);
     weigh<64>(s, size, alpha);
-    rescale(alpha);
+    if (moved(alpha)) rescale(alpha);
     pack<T, 64>(p, s);
   }
   template <class Release>
@@ -124,10 +127,14 @@ struct ForwardRows {
     hw::mma_wait<1>();
     hw::settle(s);
     weigh<64>(s, size, alpha);
+    if (moved(alpha)) {
+      hw::mma_wait<0>();
+      hw::settle(o);
+      rescale(alpha);
+    }
     hw::mma_wait<0>();
     hw::settle(o);
     release();
-    rescale(alpha);
     pack<T, 64>(p, s);
   }
   HW_DEVICE void finish(int held) {
@@ -147,7 +154,7 @@ struct ForwardRows {
     hw::mma_wait<0>();
     hw::settle(s);
     weigh<N>(s, size, alpha);
-    rescale(alpha);
+    if (moved(alpha)) rescale(alpha);
     pack<T, N>(w, s);
     hw::mma_fence();
     plus_weighted<T, N, D>(o, w, hw::address(memory.second[slot]));

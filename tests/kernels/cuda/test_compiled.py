@@ -103,7 +103,7 @@ def test_products_stay_under_way_where_the_source_says(
 ) -> None:
     """A wait that the compiler adds, or one for everything, would undo the overlap."""
     waits = {
-        "forward_kernel": {0: 9, 1: 1},
+        "forward_kernel": {0: 10, 1: 1},
         "query_grad_kernel": {0: 9, 1: 5, 2: 1},
         "key_grad_kernel": {0: 4, 1: 8},
     }[kernel]
@@ -117,6 +117,16 @@ def test_products_stay_under_way_where_the_source_says(
         if is_fast:
             expected[0] += 4 * dim // 64
         assert pending == expected, (dim, is_fast)
+
+
+def test_weights_are_made_beside_the_product(code: dict[str, list[str]]) -> None:
+    """The assembler may move a wait, and what it would overlap with then comes after it."""
+    for _, dim, _, lines in variants(code, "forward_kernel"):
+        waits = [i for i, line in enumerate(lines) if "DEPBAR.LE gsb0" in line]
+        start = next(i for i in waits if "gsb0, 0x1" in lines[i])
+        beside = lines[start : min(i for i in waits if i > start)]
+        assert count(beside, r"\bMUFU\.EX2\b") >= 32, dim
+        assert count(beside, r"\bSHFL\b") == 4, dim
 
 
 @pytest.mark.parametrize("kernel", MATRIX)
