@@ -13,6 +13,15 @@ constexpr int kStats = 2 * kBlock;
 constexpr int kStatsBytes = kStats * sizeof(float);
 constexpr float kToBase2 = 1.4426950408889634f, kNever = __builtin_huge_valf();
 
+// Columns that are no tokens count for nothing, whatever stands in them.
+template <int N>
+HW_DEVICE void mask_columns(float (&s)[N / 2], int size, int thread) {
+  if (size < N) {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) s[i] = fragment_column(thread, i) < size ? s[i] : 0.f;
+  }
+}
+
 struct StatsArgs {
   const uint16_t *o, *grad;  // [BH, num_q, 64, D]
   const float *lse, *dlse;   // [BH, num_q, 64]; dlse or null

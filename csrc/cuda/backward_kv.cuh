@@ -58,24 +58,15 @@ struct KeyGradRows {
     const float* base = reinterpret_cast<const float*>(memory.ring.extra[slot]);
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) s[i] = hw::exp2(fmaf(s[i], unit, -base[fragment_column(thread, i)]));
-    mask<N>(s, size);
+    mask_columns<N>(s, size, thread);
   }
   template <int N>
   HW_DEVICE void differentiate(float (&s)[N / 2], const float (&dp)[N / 2], int slot, int size) {
     const float* delta = reinterpret_cast<const float*>(memory.ring.extra[slot]) + kBlock;
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) s[i] *= dp[i] - delta[fragment_column(thread, i)];
-    mask<N>(s, size);
+    mask_columns<N>(s, size, thread);
   }
-  // Columns that are no tokens count for nothing, whatever stands in them.
-  template <int N>
-  HW_DEVICE void mask(float (&s)[N / 2], int size) {
-    if (size < N) {
-#pragma unroll
-      for (int i = 0; i < N / 2; ++i) s[i] = fragment_column(thread, i) < size ? s[i] : 0.f;
-    }
-  }
-
   template <int N>
   HW_DEVICE void gradients(int slot, int size) {
     const uint32_t q = hw::address(memory.ring.first[slot]), grad = hw::address(memory.ring.second[slot]);

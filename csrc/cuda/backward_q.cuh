@@ -69,20 +69,19 @@ struct QueryGradRows {
     plus_weighted<T, N, D>(dq, ds, hw::address(memory.ring.first[slot]));
     hw::mma_commit();
   }
+  // Masked here too: where the branch is, the wait for dP stays after the weights (see ForwardRows::moved).
   template <int N>
-  HW_DEVICE void weigh(float (&s)[N / 2]) {
+  HW_DEVICE void weigh(float (&s)[N / 2], int size) {
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) s[i] = hw::exp2(fmaf(s[i], unit, -base[i / 2 % 2]));
+    mask_columns<N>(s, size, thread);
   }
-  // Weights to dS; columns that are no tokens become 0 whatever stands in them.
+  // Weights to dS.
   template <int N>
   HW_DEVICE void differentiate(float (&s)[N / 2], const float (&dp)[N / 2], int size) {
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) s[i] *= dp[i] - delta[i / 2 % 2];
-    if (size < N) {
-#pragma unroll
-      for (int i = 0; i < N / 2; ++i) s[i] = fragment_column(thread, i) < size ? s[i] : 0.f;
-    }
+    mask_columns<N>(s, size, thread);
   }
 
   // --- what walk() calls
@@ -94,7 +93,7 @@ struct QueryGradRows {
     products<N>(dp, slot);
     hw::mma_wait<1>();
     hw::settle(s);
-    weigh<N>(s);
+    weigh<N>(s, size);
     hw::mma_wait<0>();
     hw::settle(dp);
     differentiate<N>(s, dp, size);
@@ -113,7 +112,7 @@ struct QueryGradRows {
     accumulate<64>(w, held);
     hw::mma_wait<2>();
     hw::settle(s);
-    weigh<64>(s);
+    weigh<64>(s, size);
     hw::mma_wait<1>();
     hw::settle(dp);
     differentiate<64>(s, dp, size);

@@ -119,14 +119,18 @@ def test_products_stay_under_way_where_the_source_says(
         assert pending == expected, (dim, is_fast)
 
 
-def test_weights_are_made_beside_the_product(code: dict[str, list[str]]) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "pending"), [("forward_kernel", 1), ("query_grad_kernel", 2), ("key_grad_kernel", 1)]
+)
+def test_weights_are_made_beside_a_product(
+    code: dict[str, list[str]], kernel: str, pending: int
+) -> None:
     """The assembler may move a wait, and what it would overlap with then comes after it."""
-    for _, dim, _, lines in variants(code, "forward_kernel"):
-        waits = [i for i, line in enumerate(lines) if "DEPBAR.LE gsb0" in line]
-        start = next(i for i in waits if "gsb0, 0x1" in lines[i])
-        beside = lines[start : min(i for i in waits if i > start)]
-        assert count(beside, r"\bMUFU\.EX2\b") >= 32, dim
-        assert count(beside, r"\bSHFL\b") == 4, dim
+    for _, dim, is_fast, lines in variants(code, kernel):
+        ends = [i for i, line in enumerate(lines) if re.search(r"DEPBAR\.LE gsb0|HGMMA", line)]
+        start = next(i for i in ends if f"gsb0, 0x{pending}" in lines[i])
+        beside = lines[start : min(i for i in ends if i > start)]
+        assert count(beside, r"\bMUFU\.EX2\b") >= 32, (dim, is_fast)
 
 
 @pytest.mark.parametrize("kernel", MATRIX)
