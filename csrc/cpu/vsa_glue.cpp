@@ -75,6 +75,13 @@ MEGAGEN_INLINE void write_line(const Glue& op, const Column& c, Index i, Index n
     for (Index v = 0; v < kPanel; v += kWidth) store_past_cache(line + v, load<Vec>(x + e + v));
 }
 
+// A token's numbers, past the cache where they begin and end with vectors.
+MEGAGEN_INLINE void write_token(const Tokens& x, Index element, Index n, const float* in) {
+  float* to = static_cast<float*>(x.data) + element;
+  if (x.bf16 || n % kWidth || reinterpret_cast<uintptr_t>(to) % sizeof(Vec)) return write(x, element, n, in);
+  for (Index v = 0; v < n; v += kWidth) store_past_cache(to + v, load<Vec>(in + v));
+}
+
 void block_mean(const Glue& op, int threads) {
   for_each_block(
       op, threads,
@@ -130,9 +137,9 @@ void combine(const Glue& op, int threads) {
         read(op.slots, place(op.slots, c, i), n, out);
         if (op.gate.data) read(op.gate, place(op.gate, c, i), n, gate);
         for (Index e = 0; e < n; ++e) out[e] += gate[e] * c.kept[e];
-        write(op.x, place(op.x, c, i), n, out);
+        write_token(op.x, place(op.x, c, i), n, out);
       },
-      [](const Column&, Index) {});
+      [](const Column&, Index) MEGAGEN_LAMBDA { fence_past_cache(); });
 }
 
 // From x = the gradient of the result: slots, dmean = sum of gate x over the block, dgate = mean x.

@@ -65,7 +65,8 @@ MEGAGEN_INLINE void write_part(const Tokens& x, Index element, Index n, const fl
     write(x, element, n, in);
 }
 
-// The first `rows` slots from `slot` on (none of them without a token), fetched a few ahead; what the last panel has beyond dim is 0.
+// The first `rows` slots from `slot` on (each has a token), fetched a few ahead; what the last panel has
+// beyond dim is 0.
 static inline void read_panels(const Tokens& x, Index b, Index h, Index slot, Index rows, Index dim, float* panels) {
   for (Index i = 0; i < rows; ++i) {
     const Index element = element_of(x, b, h, slot + i);

@@ -113,7 +113,7 @@ def test_heads_at_a_time_change_nothing(
     blocks = LAYOUT.tables().blocks
     assert cpu._heads_at_once(2, 3, 24, blocks, blocks) == 3
     wanted, aux = run(given, do, layout=LAYOUT, topk=3)
-    one_head = 4 * 2 * 3 * LAYOUT.num_blocks * extension().block_panels(24)
+    one_head = 4 * 2 * LAYOUT.num_blocks * extension().block_panels(24)
     for memory, heads in ((2 * one_head, 2), (1, 1)):
         monkeypatch.setattr(cpu, "_PANELS", memory)
         assert cpu._heads_at_once(2, 3, 24, blocks, blocks) == heads

@@ -36,9 +36,9 @@ from megagen.kernels.vsa.raster import RasterForward
 _DTYPES = (torch.float32, torch.bfloat16)
 _LANES = 8
 """Head dims are multiples of it: a vector register of the narrowest fast build."""
-_PANELS = 1 << 26
-"""Bytes of panels at a time: memory of this size is used again and again, in a call and by the
-next one; that of all heads of a long video would be fresh pages every time."""
+_PANELS = 24 << 20
+"""Bytes of one tensor's panels at a time. Memory of this size is used again, in a call and by the
+next one; of 32 MiB and more glibc asks the system for fresh pages every time."""
 
 
 def serves(q_BHQD: Tensor) -> str | None:
@@ -321,8 +321,8 @@ def _glue(
 
 
 def _heads_at_once(batch: int, heads: int, dim: int, queries: Blocks, keys: Blocks) -> int:
-    """Heads whose panels are about ``_PANELS``, at least one; no number changes a bit."""
-    blocks = queries.sizes_n.numel() + 2 * keys.sizes_n.numel()
+    """Heads whose panels are at most ``_PANELS``, but at least one; no number changes a bit."""
+    blocks = max(queries.sizes_n.numel(), keys.sizes_n.numel())
     one = 4 * max(1, batch * blocks * cpu().block_panels(dim))
     turns = -(-heads // max(1, _PANELS // one))
     return max(1, -(-heads // max(1, turns)))
