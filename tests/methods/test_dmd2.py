@@ -86,7 +86,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **SIMULATE,
         "gan_loss_weight_gen": 0.4,
         "gan_r1_reg_weight": 2.0,
-        "gan_r1_reg_alpha": 0.5,
+        # wide: R1 is a difference of two outputs, of which too close ones leave mostly rounding
+        "gan_r1_reg_alpha": 3.0,
         "gan_r1_at": "noised",
         "gan_use_same_t_noise": True,
         "discriminator": {
