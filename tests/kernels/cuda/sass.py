@@ -87,7 +87,10 @@ class Kernel:
             yield i + 1
 
     def conflicts(self) -> list[str]:
-        """The first instructions that touch what products under way use; none is right."""
+        """The first instructions that touch what products under way use; none is right.
+
+        Letting go of a slot is one: no kernel does it before all its products are done.
+        """
         found: set[str] = set()
         states: list[set[Groups]] = [set() for _ in self.code]
         work: list[tuple[int, Groups]] = [(0, _OPEN)]
@@ -109,7 +112,8 @@ class Kernel:
                 groups = groups[-1 - kept :]
             else:
                 written, read = one.touched
-                if (written | read) & busy or written & operands:
+                is_letting_go = one.op.startswith("SYNCS.ARRIVE") and bool(busy)
+                if (written | read) & busy or written & operands or is_letting_go:
                     found.add(f"{one.address:#x} {one.op} {one.operands}")
             work += [(j, groups) for j in self.following(i)]
         return sorted(found)

@@ -144,9 +144,9 @@ def test_registers_of_products_under_way_are_left_alone(
         assert found.unfenced() == [], (dim, is_fast)
         # what the producer gave away is not its own any more
         assert 0 < found.registers_after("USETMAXREG.DEALLOC") <= PRODUCER_REGISTERS
-        without_waits = [line for line in lines if "DEPBAR.LE gsb0" not in line]
+        without_waits = [line.replace("WARPGROUP.DEPBAR.LE", "NOP") for line in lines]
         assert Kernel(without_waits).conflicts(), "a missing wait would go unseen"
-        without_fences = [line for line in lines if "WARPGROUP.ARRIVE" not in line]
+        without_fences = [line.replace("WARPGROUP.ARRIVE", "NOP") for line in lines]
         assert Kernel(without_fences).unfenced(), "a missing fence would go unseen"
 
 
