@@ -44,11 +44,6 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *(f"-mavx512{part}" for part in ("f", "vl", "dq", "bw")),
         "-mprefer-vector-width=512",
     ]
-    CPU_VARIANTS["avx512"] = [
-        *CPU_VARIANTS["avx2"],
-        *(f"-mavx512{part}" for part in ("f", "vl", "dq", "bw")),
-        "-mprefer-vector-width=512",
-    ]
 # The -gencode form: -arch=sm_90a would also make PTX for compute_90, which knows no wgmma. A kernel
 # that spills registers is a warning, and warnings are errors.
 NVCC_FLAGS = [

@@ -22,6 +22,12 @@ def check(config: RunConfig, plugins: Mapping[str, ModelPlugin], world_size: int
     cls.check(options, plugins)
     _check_trained(config, cls)
     _check_latents(config, cls.needs_latents(options))
+    if cls.needs_ema(options) and "ema" not in config.callbacks:
+        raise ConfigError(
+            f"is missing, but {cls.__name__} with these options works on a moving average.",
+            remedy="Add callbacks.ema, or see what the method's options offer without.",
+            where="callbacks.ema",
+        )
     for name in config.callbacks:
         callback_options(config, name)
     _check_ranks(config, world_size)

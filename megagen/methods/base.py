@@ -148,6 +148,11 @@ class TrainingMethod(ABC):
         return True
 
     @classmethod
+    def needs_ema(cls, options: Any) -> bool:
+        """Whether the student must have a moving average (``callbacks.ema``)."""
+        return False
+
+    @classmethod
     def survey(
         cls, options: Any, plugins: Mapping[str, ModelPlugin], streams: Streams, facts: RunFacts
     ) -> Preparation:

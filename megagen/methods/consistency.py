@@ -114,7 +114,7 @@ class ConsistencyMethod(TrainingMethod):
         facts: RunFacts | None = None,
     ) -> None:
         super().__init__(roles, options, streams, facts)
-        if options.target_weights == "ema" and self.student.ema is None:
+        if self.needs_ema(options) and self.student.ema is None:
             raise ConfigError(
                 "is ema, but the student has no moving average.",
                 remedy="Add callbacks.ema, or set this to student.",
@@ -142,6 +142,11 @@ class ConsistencyMethod(TrainingMethod):
                 remedy="Take networks of one latent space.",
                 where="models",
             )
+
+    @classmethod
+    def needs_ema(cls, options: Any) -> bool:
+        """The target's weights."""
+        return options.target_weights == "ema"
 
     @classmethod
     def passes(cls, options: Any) -> dict[str, Passes]:

@@ -169,6 +169,7 @@ def vsa_attention_pooled(
     tokens = (batch, layout.num_tokens, heads, dim)
     if gate_BSHD is not None and gate_BSHD.shape != tokens:
         raise ValueError(f"gate must be {tokens}, found {tuple(gate_BSHD.shape)}")
+    _alike(q.slots, gate=gate_BSHD)
     return _attend_pooled(q, k, v, gate_BSHD, plan)[0]
 
 
@@ -203,13 +204,17 @@ def _check(
             "q, k and v must have one batch, one number of heads and one head dim, found "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    for name, x in {"k": k, "v": v, "gate": q if gate is None else gate}.items():
-        if x.dtype != q.dtype or x.device != q.device:
+    _alike(q, k=k, v=v, gate=gate)
+    if plan.topk < 1:
+        raise ValueError(f"topk must be at least 1, found {plan.topk}")
+
+
+def _alike(q: Tensor, **others: Tensor | None) -> None:
+    for name, x in others.items():
+        if x is not None and (x.dtype != q.dtype or x.device != q.device):
             raise ValueError(
                 f"{name} must be like q, {q.dtype} on {q.device}, found {x.dtype} on {x.device}"
             )
-    if plan.topk < 1:
-        raise ValueError(f"topk must be at least 1, found {plan.topk}")
 
 
 def _attend_raster(
