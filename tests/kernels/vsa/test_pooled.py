@@ -127,7 +127,7 @@ def test_wrong_blocks_are_refused(seeded: torch.Generator) -> None:
         vsa_attention_pooled(q, Pooled(k.slots, k.mean[:, :, 1:]), v, **options)
     with pytest.raises(ValueError, match=r"gate must be \(2, 105, 2, 8\)"):
         vsa_attention_pooled(q, k, v, gate.slots, **options)
-    with pytest.raises(ValueError, match="gate must be like q, torch.float32"):
+    with pytest.raises(ValueError, match=r"gate must be like q, torch\.float32"):
         gate_BSHD = torch.zeros(2, 105, 2, 8, dtype=torch.float64)
         vsa_attention_pooled(q, k, v, gate_BSHD, **options)
     with pytest.raises(ValueError, match="one number of heads"):
