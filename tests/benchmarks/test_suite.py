@@ -273,7 +273,7 @@ def test_arms_take_turns() -> None:
     ran: list[str] = []
     calls = {name: partial(ran.append, name) for name in "ab"}
     _, rounds = clock.take_turns(calls, clock.CpuClock(), least=3, most=9, seconds=0)
-    assert (rounds, ran) == (3, list("ababab"))
+    assert (rounds, ran) == (3, list("aaabbb" * 3))
     announced: list[str] = []
     limits: dict[str, Any] = {"least": 1, "most": 2, "seconds": 1e9}
     _, rounds = clock.take_turns(calls, clock.CpuClock(), announce=announced.append, **limits)
