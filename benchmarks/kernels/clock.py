@@ -1,9 +1,9 @@
 """Taking times and ceilings: interleaved rounds on a CPU's clocks or a GPU's events.
 
 On a CPU a figure is the best of its rounds (other work only ever adds to it), and what is short
-runs three times in a row in each: a network's layer follows others like it, and does not pay for memory
-that a long arm has given back to the system. On a GPU it is the median (its clock moves both ways);
-every call starts with an empty L2 cache.
+runs three times in a row in each: a layer follows others like it in a network, and does not pay for
+memory that a long arm has given back to the system. On a GPU it is the median (its clock moves both
+ways); every call starts with an empty L2 cache.
 """
 
 from __future__ import annotations
