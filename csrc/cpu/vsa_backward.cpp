@@ -3,10 +3,10 @@
 //   P = e^(scale Q K^T - lse), dS = scale P (g V^T - delta),
 //   dV += P^T g, dK += dS^T Q, dQ += dS K.
 // Where there are heads enough for the threads, each takes whole ones, key block by key block, and adds to
-// dK, dV and dQ at once. Elsewhere two passes take turns. The first has a unit for each key block: it walks the queries that list it, adds
-// up dK and dV, and keeps the maps dS. The second has a unit for each query block: it walks the kept maps
-// in the order of keys and adds up dQ. A turn is as many key blocks as kMapsPerThread maps hold. Neither
-// the way nor where a turn ends changes an order of summation.
+// dK, dV and dQ at once. Elsewhere two passes take turns. The first has a unit for each key block: it walks
+// the queries that list it, adds up dK and dV, and keeps the maps dS. The second has a unit for each query
+// block: it walks the kept maps in the order of keys and adds up dQ. A turn is as many key blocks as
+// kMapsPerThread maps hold. Neither the way nor where a turn ends changes an order of summation.
 #include "parallel.h"
 #include "vsa_softmax.h"
 #include "vsa_tokens.h"

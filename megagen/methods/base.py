@@ -141,6 +141,13 @@ class TrainingMethod(ABC):
     def check(cls, options: Any, plugins: Mapping[str, ModelPlugin]) -> None:
         """Raise ``ConfigError`` where the options do not suit the models; no rank has started."""
         cls.check_roles(tuple(plugins))
+        channels = {name: plugin.in_channels for name, plugin in plugins.items()}
+        if len(set(channels.values())) > 1:
+            raise ConfigError(
+                f"work on latents of different channels: {channels}.",
+                remedy="Take networks of one latent space.",
+                where="models",
+            )
 
     @classmethod
     def needs_latents(cls, options: Any) -> bool:

@@ -135,13 +135,6 @@ class ConsistencyMethod(TrainingMethod):
         """The grid has a step that all networks serve."""
         super().check(options, plugins)
         options.sigmas(plugins)
-        channels = {name: plugin.in_channels for name, plugin in plugins.items()}
-        if len(set(channels.values())) > 1:
-            raise ConfigError(
-                f"work on latents of different channels: {channels}.",
-                remedy="Take networks of one latent space.",
-                where="models",
-            )
 
     @classmethod
     def needs_ema(cls, options: Any) -> bool:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from megagen.core.errors import ConfigError
 from megagen.core.options import Betas
 from megagen.engine.settings import LRScheduler
 from megagen.fastgen.guidance import Guidance
@@ -172,10 +171,3 @@ class DMD2Options(ScoreTimeOptions, GANOptions):
             student.timestep_range,
             from_noise=not self.starts_from_data,
         )
-        channels = {name: plugin.in_channels for name, plugin in plugins.items()}
-        if len(set(channels.values())) > 1:
-            raise ConfigError(
-                f"work on latents of different channels: {channels}.",
-                remedy="Take networks of one latent space.",
-                where="models",
-            )

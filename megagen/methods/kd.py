@@ -88,13 +88,6 @@ class KDMethod(TrainingMethod):
                     remedy="Give both experts, as models.teacher and models.teacher_2.",
                     where="models",
                 )
-        channels = {name: plugin.in_channels for name, plugin in plugins.items()}
-        if len(set(channels.values())) > 1:
-            raise ConfigError(
-                f"work on latents of different channels: {channels}.",
-                remedy="Take networks of one latent space.",
-                where="models",
-            )
 
     @classmethod
     def needs_latents(cls, options: Any) -> bool:

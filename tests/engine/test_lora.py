@@ -64,7 +64,7 @@ def weights() -> cases.Weights:
 @functools.cache
 def reference(name: str, is_plain: bool) -> tuple[cases.Weights, dict[str, Any]]:
     """Fresh adapters, and what becomes of them with PEFT."""
-    adapters = lora.random_adapters(SPECS[name], seeds.SHARED)
+    adapters = lora.random_adapters(SPECS[name], seeds.SHARED + 1)
     settings, steps = (lora.ADAMW, 1) if is_plain else (cases.ADAMW, NUM_STEPS)
     return adapters, lora.peft_curve(weights(), adapters, SPECS[name], steps, settings)
 
@@ -143,7 +143,7 @@ def _base_addresses(role: Any) -> dict[str, int]:
 @functools.cache
 def shared_reference() -> tuple[list[cases.Weights], dict[str, Any]]:
     specs = (lora.SPEC, lora.PARTLY)
-    adapters = [lora.random_adapters(spec, seeds.SHARED + i) for i, spec in enumerate(specs)]
+    adapters = [lora.random_adapters(spec, seeds.SHARED + i) for i, spec in enumerate(specs, 1)]
     runs = [
         lora.peft_curve(weights(), given, spec, 2, lora.ADAMW)
         for given, spec in zip(adapters, specs, strict=True)
@@ -267,7 +267,7 @@ def uninterrupted(weights: cases.Weights, adapters: cases.Weights) -> Any:
 
 @functools.cache
 def uninterrupted_once() -> tuple[cases.Weights, Any]:
-    adapters = lora.random_adapters(lora.EVERYWHERE, seeds.SHARED)
+    adapters = lora.random_adapters(lora.EVERYWHERE, seeds.SHARED + 1)
     return adapters, run_ranks(1, uninterrupted, weights(), adapters)[0]
 
 
